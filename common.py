@@ -1,0 +1,574 @@
+"""What the four methods share: the transformer and its patchers, masks, EMA, SIGReg, schedules, and the run-time plumbing.
+
+Policy (which views, which masks, which loss) stands in the scripts; here are mechanics, on plain numbers and tensors.
+From top to bottom: encoder, masks, EMA, SIGReg, schedules, health, processes, checkpoints, log, flags.
+
+    encoder = common.load_encoder("runs/avjepa_lejepa-toy-seed0/latest.pt")       # frozen, of any of the methods
+    tokens, embedding = encoder(video=video, audio=audio)                         # or one of the two alone
+"""
+import json, math, os, signal, subprocess, sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: spinning threads rob the data workers (toy: 560, not 780 ms a step)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """Bad input: one sentence that says what is wrong and what to do. `main_guard` prints it and exits with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+SIZES = {  # name: (dim, depth, heads, mlp)
+    "toy": (128, 4, 4, 512), "tiny": (192, 12, 3, 768), "small": (384, 12, 6, 1536), "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096), "huge": (1280, 32, 16, 5120), "giant": (1408, 40, 22, 6144)}
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. (B, N, D) -> (B, N, D)"""
+    def __init__(self, dim, heads, mlp, dropout=0.0):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, mlp), nn.Linear(mlp, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        if x.device.type == "cpu":                      # there the backward pass is 3 times as fast in float32 as in bf16
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and x.device.type != "cpu"):
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)                  # (B, N, D)
+        x = x + self.dropout(self.proj(y))
+        return x + self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(self.norm2(x))))))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks. checkpoint: keep only the input of each block, and compute it again in the backward pass."""
+    def __init__(self, dim, depth, heads, mlp, dropout=0.0, checkpoint=False):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp, dropout) for _ in range(depth))
+        self.checkpoint = checkpoint
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = recompute(block, x, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else block(x)
+        return x
+
+
+def init_weights(module):
+    """ViT's usual start: truncated normal .02 for the matrices, zero biases, LayerNorm at identity. Use with .apply()."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def sincos(grid, dim):
+    """Fixed sine-cosine positions of a grid of any number of axes: (prod(grid), dim). The channels are shared out evenly
+    over the axes, in pairs; what does not divide stays zero (ViT, MAE: 2-D; V-JEPA: 3-D)."""
+    per = dim // (2 * len(grid)) * 2
+    omega = 10000.0 ** (-torch.arange(per // 2, dtype=torch.float64) / (per / 2))
+    parts = []
+    for axis, n in enumerate(grid):
+        angle = torch.arange(n, dtype=torch.float64)[:, None] * omega                               # (n, per / 2)
+        shape = [n if a == axis else 1 for a in range(len(grid))] + [per]
+        parts.append(torch.cat([angle.sin(), angle.cos()], 1).view(shape).expand(*grid, per))
+    out = torch.cat(parts, -1).flatten(0, -2).float()
+    return F.pad(out, (0, dim - out.shape[1]))
+
+
+class Patches(nn.Module):
+    """Cut a signal into patches, map each to dim, add its position. (B, C, *shape) -> (B, N, dim)
+
+    shape: (F, T) of a spectrogram or (T, H, W) of a video; patch: as many sides; what is left over at the end is cut off.
+    positions: 'factorised' (learned; video: time + space, audio: frequency + time) or 'sincos' (fixed).
+    """
+    def __init__(self, channels, shape, patch, dim, positions="factorised"):
+        super().__init__()
+        self.shape, self.patch = tuple(shape), tuple(patch)
+        self.grid = tuple(n // p for n, p in zip(shape, patch))
+        conv = nn.Conv3d if len(patch) == 3 else nn.Conv2d
+        self.proj = conv(channels, dim, self.patch, stride=self.patch)
+        self.positions = positions
+        if positions == "factorised":
+            first, *rest = self.grid
+            self.first = nn.Parameter(torch.randn(first, 1, dim) * 0.02)              # video time, or audio frequency
+            self.rest = nn.Parameter(torch.randn(1, math.prod(rest), dim) * 0.02)     # video space, or audio time
+        else:
+            self.register_buffer("fixed", sincos(self.grid, dim), persistent=False)
+
+    @property
+    def num(self):
+        return math.prod(self.grid)
+
+    def position(self):
+        return (self.first + self.rest).flatten(0, 1) if self.positions == "factorised" else self.fixed   # (N, dim)
+
+    def forward(self, x, batch=None):
+        """x None: the tokens of an input of zeros (a patch of zeros is mapped to the bias), for `batch` samples."""
+        if x is None:
+            return (self.proj.bias + self.position()).expand(batch, -1, -1)
+        if tuple(x.shape[2:]) != self.shape:
+            raise UserError(f"the encoder was built for an input of {self.shape} but got {tuple(x.shape[2:])}; prepare it with data.load_clip")
+        return self.proj(x).flatten(2).transpose(1, 2) + self.position()                                  # (B, N, dim)
+
+
+class ViT(nn.Module):
+    """One transformer over [CLS, video tokens, audio tokens], or over the tokens of one modality alone.
+
+    size: a name of SIZES. video: dict(shape=(T, H, W), patch=(t, h, w)) or None; audio: dict(shape=(F, T), patch=(f, t)) or
+    None. absent: 'zero' runs all tokens with the input of the absent modality at zero, 'drop' leaves its tokens out.
+    norm_in: LayerNorm on the tokens before the first block; norm_out: after the last.
+    """
+    def __init__(self, size, video=None, audio=None, cls=False, positions="factorised", absent="drop", norm_in=False,
+                 norm_out=True, dropout=0.0, checkpoint=False):
+        super().__init__()
+        if size not in SIZES:
+            raise UserError(f"--size {size}: unknown ViT; one of {', '.join(SIZES)}")
+        if video and any(n % p for n, p in zip(video["shape"], video["patch"])):
+            raise UserError(f"frames, height and width {tuple(video['shape'])} are not divisible by the tubelet {tuple(video['patch'])}; change --frames")
+        if audio and any(n < p for n, p in zip(audio["shape"], audio["patch"])):
+            raise UserError(f"the mel {tuple(audio['shape'])} is smaller than a patch {tuple(audio['patch'])}; raise --seconds")
+        dim, depth, heads, mlp = SIZES[size]
+        self.dim, self.absent = dim, absent
+        self.video = Patches(3, video["shape"], video["patch"], dim, positions) if video else None
+        self.audio = Patches(1, audio["shape"], audio["patch"], dim, positions) if audio else None
+        self.cls = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if cls else None
+        self.modality = nn.Parameter(torch.randn(2, 1, dim) * 0.02) if video and audio else None      # modality embedding
+        self.norm_in = nn.LayerNorm(dim, eps=1e-6) if norm_in else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.transformer = Transformer(dim, depth, heads, mlp, dropout, checkpoint)
+        self.norm_out = nn.LayerNorm(dim, eps=1e-6) if norm_out else nn.Identity()
+        self.apply(init_weights)
+
+    def embed(self, video=None, audio=None):
+        """Tokens before the first block, without CLS: (B, N, dim), video first."""
+        batch, tokens = len(audio if video is None else video), []
+        for which, (patches, x) in enumerate(((self.video, video), (self.audio, audio))):
+            if patches is None and x is not None:
+                raise UserError(f"this encoder takes no {('video', 'audio')[which]}: it was trained without")
+            if x is not None or patches is not None and self.absent == "zero":
+                t = patches(x, batch)
+                tokens.append(t if self.modality is None else t + self.modality[which])
+        return torch.cat(tokens, 1)
+
+    def forward(self, video=None, audio=None, visible=None):
+        """video (B, 3, T, H, W) and/or audio (B, 1, F, T); visible (B, K): the token indices to run, of those of `embed`.
+        Returns (B, [1 +] N or K, dim), CLS first."""
+        x = self.embed(video, audio)                                                        # (B, N, D)
+        x = x if visible is None else gather(x, visible)                                    # (B, K, D)
+        x = x if self.cls is None else torch.cat([self.cls.expand(len(x), -1, -1), x], 1)   # (B, 1 + N, D)
+        return self.norm_out(self.transformer(self.dropout(self.norm_in(x))))
+
+    def read_out(self, x, video=True, audio=True):
+        """The output of `forward` on all tokens -> (tokens of the modalities that were given, clip embedding (B, D)): CLS where
+        there is one, else the mean of those tokens."""
+        cls, x = (x[:, 0], x[:, 1:]) if self.cls is not None else (None, x)
+        if self.absent == "zero" and not (video and audio):                                 # both ran: keep what was given
+            x = x[:, :self.video.num] if video else x[:, self.video.num if self.video else 0:]
+        return x, x.mean(1) if cls is None else cls
+
+
+def gather(x, index):
+    """(B, N, D), (B, K) -> (B, K, D)"""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Masks: geometry only; which blocks a method draws stands in its script
+# ---------------------------------------------------------------------------------------------------------------------
+
+def draw_block(rng, grid, scale, aspect):
+    """A random block (top, left, height, width) of a (rows, columns) grid. Its area is U[scale] of the grid, its width over
+    its height U[aspect] (two draws, not one); a side that the grid cuts hands its excess to the other, so that the area stays
+    as drawn. Each place that fits is equally likely, the last row and column included."""
+    rows, cols = grid
+    area, a = rng.uniform(*scale) * rows * cols, rng.uniform(*aspect)
+    height = min(max(math.sqrt(area / a), area / cols), rows)
+    height = min(max(1, round(height)), rows)
+    width = min(max(1, round(area / height)), cols)
+    return int(rng.integers(rows - height + 1)), int(rng.integers(cols - width + 1)), height, width
+
+
+def cover(grid, blocks):
+    """Blocks (top, left, height, width) -> (rows, columns) bool, True where one of them lies."""
+    mask = np.zeros(grid, bool)
+    for top, left, height, width in blocks:
+        mask[top:top + height, left:left + width] = True
+    return mask
+
+
+def meet_count(rng, mask, count):
+    """Hide or free random single patches until `count` are hidden: all samples of a batch then have the same length, and no
+    part of the grid is cut off to get there. Returns a new mask of the same shape."""
+    flat = mask.flatten()
+    change = rng.permutation(np.flatnonzero(flat == (flat.sum() > count)))[:abs(int(flat.sum()) - count)]
+    flat[change] = ~flat[change]
+    return flat.reshape(mask.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. EMA, SIGReg, schedules, health
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def ema_update(target, online, tau):
+    """target <- tau target + (1 - tau) online, parameters only; call it after the optimiser step."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
+
+
+def mean_over_ranks(x):
+    """The mean over the processes, with the gradient of this rank's own term: DDP averages the gradients afterwards, which
+    makes the sum exact. A plain all_reduce is recorded by autograd on gloo, and the gradient is then a world size too small."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    mean = x.detach().clone()
+    dist.all_reduce(mean)
+    return x + (mean / dist.get_world_size() - x.detach())
+
+
+def sigreg(z, step, num_slices=2048, knots=17, t_max=5.0):
+    """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): the Epps-Pulley statistic of z (N, D) along random
+    directions, against a standard Gaussian. Scalar: ~1.06 for a Gaussian batch of any N, .409 N when all embeddings are 0.
+    The directions come from `step`, the same on each rank. Float32, also under autocast."""
+    with torch.autocast(z.device.type, enabled=False):
+        z, n = z.float(), len(z) * (dist.get_world_size() if dist.is_initialized() else 1)
+        A = torch.randn(z.shape[1], num_slices, generator=torch.Generator().manual_seed(step)).to(z.device)
+        A = A / A.norm(dim=0)                                                       # (D, S) unit directions
+        t = torch.linspace(-t_max, t_max, knots, device=z.device)                   # (K,)
+        phi = torch.exp(-t ** 2 / 2)                                                # characteristic function of N(0, 1)
+        tzA = (z @ A).unsqueeze(-1) * t                                             # (N, S, K)
+        ecf = mean_over_ranks(torch.stack([tzA.cos().mean(0), tzA.sin().mean(0)]))  # (2, S, K) real and imaginary part
+        error = (ecf[0] - phi) ** 2 + ecf[1] ** 2                                   # |ecf - phi|^2
+        return n * torch.trapezoid(error * phi, t, dim=-1).mean()
+
+
+def warmup_cosine(step, steps, warmup, peak, start=0.0, end=0.0):
+    """Linear from `start` to `peak` in `warmup` steps, then half a cosine to `end` at the last step."""
+    if step < warmup:
+        return start + (peak - start) * (step + 1) / warmup
+    return cosine(step - warmup, steps - warmup, peak, end)
+
+
+def cosine(step, steps, start, end):
+    """Half a cosine from `start` at step 0 to `end` at step steps - 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, step / max(1, steps - 1)))) / 2
+
+
+@torch.no_grad()
+def health(z):
+    """(N, D) -> (mean over dimensions of the std, effective rank): exp of the entropy of the normalised singular values of the
+    centred batch (Roy & Vetterli 2007). Both fall when embeddings collapse."""
+    z = z.float() - z.float().mean(0)
+    s = torch.linalg.svdvals(z.cpu())
+    p = s / s.sum().clamp_min(1e-12)
+    return z.std(0).mean().item(), torch.exp(-(p * p.clamp_min(1e-12).log()).sum()).item()
+
+
+def weight_decay_groups(module, weight_decay):
+    """AdamW groups: decay on matrices, none on biases, norms and other vectors."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    flat = [p for p in params if p.squeeze().ndim < 2]
+    return [{"params": [p for p in params if p.squeeze().ndim >= 2], "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Devices and processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Process:
+    """Where this process runs. `torchrun` sets the environment; without it there is no process group at all."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    bf16: bool = False
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """bf16 where the device computes in it. It has float32's range, so there is no GradScaler."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def wrap(self, model):
+        """DistributedDataParallel under torchrun, the model itself otherwise."""
+        if not dist.is_initialized():
+            return model
+        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def any(self, flag):
+        """True on all ranks if it is True on one."""
+        if self.world == 1:
+            return bool(flag)
+        flag = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def barrier(self):
+        if dist.is_initialized():
+            dist.barrier()
+
+    def wait(self):
+        """Until the device has done what was asked of it, for timing."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def start_process(device="auto"):
+    """Pick the device ('auto': CUDA, then MPS, then CPU), and join the process group if torchrun started us."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: this machine or this torch does not have it; use cpu, mps, cuda or auto") from None
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **({"device_id": device} if device.type == "cuda" else {}))
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:                                               # elsewhere bf16 is emulated, and slower than float32
+        has = torch.cpu.get_capabilities()
+        bf16 = device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return Process(device, rank, world, bf16)
+
+
+def seed_step(seed, step, rank=0):
+    """Set torch's random stream (dropout, initial weights) as a pure function of (seed, step, rank): resume replays nothing."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+class StopSignal:
+    """True once SIGTERM or Ctrl-C came: the loop then ends the step, saves and says how to go on. A second one is not caught."""
+    def __init__(self):
+        self.came = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                signal.signal(number, self.catch)
+            except ValueError:                          # not in the main thread: whoever runs us there handles signals
+                pass
+
+    def catch(self, number, frame):
+        self.came = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self):
+        return self.came
+
+
+def main_guard(main):
+    """Run a script's main(): bad input ends with its sentence and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+def code_version():
+    """The version, and the commit where there is one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5,
+                                cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return f"{__version__}+{commit}" if commit else __version__
+
+
+def save_checkpoint(path, **content):
+    """Write to a temporary name, then rename: whoever is killed in between leaves the old file whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    torch.save({"version": code_version(), **content}, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, method=None, device="cpu"):
+    """The dict that save_checkpoint wrote. path: the file, or the folder of the run. Raises UserError if it is missing, cut
+    off, or of another method than the one asked for."""
+    path = Path(path) / "latest.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such checkpoint; give a run's folder or its latest.pt")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        found = content["method"]
+    except Exception as e:                              # torch raises half a dozen kinds for a damaged file
+        raise UserError(f"{path}: cannot be read as a checkpoint of ours ({type(e).__name__}); it is cut off, or something else wrote it") from None
+    if method and found != method:
+        raise UserError(f"{path}: is a checkpoint of {found}, not of {method}; start {found}.py with it")
+    return content
+
+
+def load_weights(module, weights, path):
+    """load_state_dict, with a sentence where the shapes are others."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"{path}: its weights have another shape than the model that was asked for; use the same --size and recipe") from None
+
+
+class FrozenEncoder(nn.Module):
+    """What load_encoder returns. Call: video (B, 3, T, H, W) and/or audio (B, 1, F, T), normalised as data.py delivers them ->
+    tokens (B, N, D) of the modalities given, video first, and the clip embedding (B, D). `.inputs` goes into data.load_clip."""
+    def __init__(self, vit, inputs, method):
+        super().__init__()
+        self.vit, self.inputs, self.method, self.dim = vit.eval().requires_grad_(False), inputs, method, vit.dim
+
+    def forward(self, video=None, audio=None):
+        if video is None and audio is None:
+            raise UserError("the encoder needs video, audio or both; the clip has neither")
+        return self.vit.read_out(self.vit(video, audio), video is not None, audio is not None)
+
+    def train(self, mode=True):
+        return super().train(False)                     # frozen: no dropout, whoever calls .train() around it
+
+
+def load_encoder(path, device="cpu", untrained=False, absent=None):
+    """The encoder of a checkpoint of any method, frozen. untrained: the same architecture as it was initialised, with the run's
+    seed, as a baseline. absent: 'zero' or 'drop', if other than it was trained with."""
+    content = load_checkpoint(path)
+    seed_step(content["args"]["seed"], 0)
+    vit = ViT(**content["encoder"])
+    if not untrained:
+        prefix = content["weights"] + "."
+        load_weights(vit, {k[len(prefix):]: v for k, v in content["model"].items() if k.startswith(prefix)}, path)
+    vit.absent = absent or vit.absent
+    return FrozenEncoder(vit, content["inputs"], content["method"]).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. A run: its folder, its log, its flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+def open_run(args, method, recipe, process):
+    """Make the run's folder and say where to go on: the checkpoint found there, or None.
+
+    args: out, resume, fresh. A run with other recipe values than the ones asked for is refused, not overwritten."""
+    out = Path(args.out)
+    found = None
+    if not args.fresh:
+        file = out / "latest.pt" if args.resume == "auto" else Path(args.resume)
+        if file.exists() or args.resume != "auto":
+            found = load_checkpoint(file, method)
+            other = [f"{k} {found['recipe'].get(k)} (now {v})" for k, v in recipe.items() if found["recipe"].get(k) != v]
+            if other:
+                raise UserError(f"{file}: the run there has {', '.join(other)}; give another --out, or --fresh to start over")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
+    process.barrier()
+    return found
+
+
+class Log:
+    """One JSON row in log.jsonl and one line on the screen at each interval; rows after the step that a run goes on from are
+    dropped. Only rank 0 writes."""
+    def __init__(self, out, start, process):
+        self.file, self.on = Path(out) / "log.jsonl", process.main
+        if self.on:
+            rows = [row for row in read_log(out) if row["step"] < start]
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(self, row, show):
+        """row: a flat dict with 'step'. show: the keys that go on the screen."""
+        if self.on:
+            with open(self.file, "a") as f:
+                f.write(json.dumps(row) + "\n")
+            tqdm.write("  ".join(f"{k} {row[k]:.4g}" if isinstance(row[k], float) else f"{k} {row[k]}" for k in show))
+
+
+def read_log(out):
+    """The rows of a run's log.jsonl; a last line that was cut off is left out."""
+    file, rows = Path(out) / "log.jsonl", []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def draw_curves(out, names, title):
+    """curves.png: a small plot for each named column of the log, over the steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read_log(out)
+    fig, axes = plt.subplots(2, math.ceil(len(names) / 2), figsize=(3.2 * math.ceil(len(names) / 2), 5), squeeze=False)
+    for ax, name in zip(axes.flat, names):
+        ax.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r], "k-", lw=1)
+        ax.set(title=name, xlabel="step")
+        ax.grid(alpha=0.3)
+    for ax in list(axes.flat)[len(names):]:
+        ax.axis("off")
+    fig.suptitle(title)
+    fig.tight_layout()
+    fig.savefig(Path(out) / "curves.png", dpi=110)
+    plt.close(fig)
+
+
+def common_flags(parser, method):
+    """The flags that all four scripts share, with the same meaning."""
+    add = parser.add_argument
+    add("--data", default="toy", help="toy, audioset, audioset-20k, audioset-full, vggsound or folder (default: toy)")
+    add("--data-dir", help="folder with the clips and the csv files (toy: where to write them)")
+    add("--out", help=f"folder of the run (default: runs/{method}-DATA-seedSEED)")
+    add("--recipe", choices=("toy", "paper"), help="values of the table at the top (default: toy for --data toy, else paper)")
+    add("--size", help=f"ViT: {', '.join(SIZES)}")
+    add("--steps", type=int, help="optimiser steps (instead of --epochs)")
+    add("--epochs", type=float, help="passes over the data")
+    add("--batch-size", type=int, help="clips a step, over all processes")
+    add("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")
+    add("--lr", type=float, help="peak learning rate")
+    add("--workers", type=int, help="processes that decode, for each training process (default: by the number of cores)")
+    add("--device", default="auto", help="auto, cpu, mps or cuda")
+    add("--seed", type=int, default=0)
+    add("--resume", default="auto", metavar="auto|FILE", help="auto goes on from --out; or a checkpoint of the same recipe")
+    add("--fresh", action="store_true", help="start over, whatever lies in --out")
+    add("--compile", action="store_true", help="torch.compile the encoder")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
+    add("--log-every", type=int, default=10, help="steps between two rows of the log")
+    add("--save-every", type=int, default=500, help="steps between two checkpoints")
+    add("--max-bad", type=float, default=0.1, help="stop when more than this share of the clips does not decode")
+
+
+def check_range(name, value, low, high):
+    """A flag's value, or a UserError that names its range."""
+    if value is None or not low <= value <= high:
+        raise UserError(f"{name} {value} is out of range: from {low} to {high}")
+    return value
+
+
+def default_workers(process):
+    """Processes that decode: half of the cores for training on a CPU, most of them beside a GPU, at most 16 a process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(16, (cores // 2 if process.device.type == "cpu" else cores - local) // local))

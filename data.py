@@ -1,0 +1,812 @@
+"""Clips in, tensors out: every data set goes through the same decoder and the same front end.
+
+A clip is opened and decoded once, whatever the number of views; audio and video of a view cover the same seconds, by
+timestamps. From top to bottom: read a clip, turn it into tensors, list a data set, draw batches, make the toy world.
+
+    python data.py --data toy --check                                 # writes the toy clips if they are not there
+    python data.py --data vggsound --data-dir vggsound/ --check       # what is there, missing, unreadable
+    python data.py --data folder --data-dir clips/ --stats            # mean and std of the mel, for --mel-mean/--mel-std
+"""
+import argparse, csv, functools, hashlib, json, os, shutil, signal, tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from common import UserError, main_guard                # before torch: common sets how its threads wait
+
+import av
+import numpy as np
+import torch
+import torchaudio
+import torchvision.transforms.v2 as transforms
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+NAMES = ("toy", "audioset", "audioset-20k", "audioset-full", "vggsound", "folder")
+MEDIA = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv", ".ts",
+         ".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Read a clip
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ClipError(UserError):
+    """A file in which nothing decodes; the message holds its name and the reason."""
+
+
+def read_windows(path, plan, num_frames, size, sample_rate):
+    """Decode one clip once for several windows of time.
+
+    plan(duration in seconds) -> (video windows, audio windows), each a list of (start, seconds) on the clip's own clock.
+    Returns a dict: video, one (T, H, W, 3) uint8 array for each video window, short side `size`, T = num_frames frames at
+    the middle of T equal parts of the window; audio, one (samples,) float32 array for each audio window, the mean of the
+    channels at sample_rate; has_video, has_audio, short (more than .1 s of a window lies outside of what decoded: the
+    picture then holds its nearest frame and the sound is zero). An absent stream is zeros. Raises ClipError.
+    """
+    try:
+        return _read_windows(str(path), plan, num_frames, size, sample_rate)
+    except (av.error.FFmpegError, OSError, ValueError, IndexError) as e:
+        reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
+        raise ClipError(f"{path}: does not decode ({reason})") from None
+
+
+def _read_windows(path, plan, num_frames, size, sample_rate):
+    if os.path.getsize(path) == 0:
+        raise ClipError(f"{path}: the file is empty")
+    with av.open(path, metadata_errors="replace") as container:
+        # A truncated file can have streams without a codec: touching those crashes. An album cover is no video.
+        streams = [s for s in container.streams if s.type in ("video", "audio") and s.codec_context is not None]
+        cover = av.stream.Disposition.attached_pic
+        video = next((s for s in streams if s.type == "video" and not s.disposition & cover), None)
+        audio = next((s for s in streams if s.type == "audio"), None)
+        origin = (container.start_time or 0) / av.time_base
+        duration = (container.duration or 0) / av.time_base
+        if duration <= 0:                                               # a container without an index, a raw stream
+            duration = max((float(s.duration * s.time_base) for s in streams if s.duration), default=0.0)
+        video_windows, audio_windows = plan(duration)
+        chosen = [s for s in (video if video_windows else None, audio if audio_windows else None) if s is not None]
+
+        wanted = sorted((start + (i + 0.5) * seconds / num_frames, w, i)
+                        for w, (start, seconds) in enumerate(video_windows) for i in range(num_frames))
+        first = min([start for start, _ in video_windows + audio_windows], default=0.0)
+        sound_end = max([start + seconds for start, seconds in audio_windows], default=0.0)
+        if first > 2.0 and chosen:                                      # seeking pays only past a few key frames
+            container.seek(int((first - 0.5 + origin) * av.time_base), backward=True)
+
+        reformatter = av.video.reformatter.VideoReformatter()
+        to_float = av.AudioResampler(format="fltp")
+        pictures, shown, k, end_of_video = {}, None, 0, -1.0            # shown: the frame on screen, and its picture
+        sound, rate, sound_start, sound_time = [], None, 0.0, 0.0
+        video_open, audio_open = video in chosen, audio in chosen
+        for s in chosen:
+            s.codec_context.thread_count = 1                            # frame threads and an early stop hang beside torch
+        for packet in container.demux(chosen) if chosen else ():
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:                           # one broken packet: the rest may be fine
+                continue
+            for frame in frames:
+                if frame.pts is None:
+                    continue
+                time = frame.time - origin
+                if packet.stream.type == "video":
+                    while k < len(wanted) and wanted[k][0] < time:      # what was on screen until now
+                        shown = shown or [frame, None]
+                        if shown[1] is None:
+                            shown[1] = _picture(shown[0], size, reformatter)
+                        pictures[wanted[k][1:]] = shown[1]
+                        k += 1
+                    shown, end_of_video = [frame, None], time + float(1 / (video.average_rate or 10))
+                    video_open = k < len(wanted)
+                elif audio_open:
+                    if rate is None:
+                        rate, sound_start, sound_time = frame.sample_rate, time, time
+                    if time - sound_time > 0.05:                        # a hole in the stream stays a hole
+                        sound.append(np.zeros((sound[-1].shape[0], int((time - sound_time) * rate)), np.float32))
+                        sound_time = time
+                    for part in [frame] if frame.format.name == "fltp" else to_float.resample(frame):
+                        sound.append(part.to_ndarray())                 # (channels, samples)
+                        sound_time += part.samples / rate
+                    audio_open = sound_time < sound_end + 0.05          # the resampling filter looks a little ahead
+            if not (video_open or audio_open):
+                break
+        if shown is not None:                                           # wanted after the last frame: it stays on screen
+            for _, *place in wanted[k:]:
+                shown[1] = _picture(shown[0], size, reformatter) if shown[1] is None else shown[1]
+                pictures[tuple(place)] = shown[1]
+
+    has_video, has_audio = bool(pictures), bool(sound)
+    if chosen and not (has_video or has_audio) or not streams:
+        raise ClipError(f"{path}: nothing in it decodes (no video frame, no sound)")
+    blank = np.zeros((size, size, 3), np.uint8)
+    waves, short = [], has_video and end_of_video < max(start + seconds for start, seconds in video_windows) - 0.1
+    if has_audio:
+        wave = torch.from_numpy(np.concatenate(sound, 1).mean(0))       # FFmpeg's own down-mix would be 3 dB louder
+        wave = torchaudio.functional.resample(wave, rate, sample_rate).numpy()
+        short = short or sound_start + len(wave) / sample_rate < sound_end - 0.1
+    for start, seconds in audio_windows:
+        out = np.zeros(round(seconds * sample_rate), np.float32)
+        if has_audio:
+            begin = round((start - sound_start) * sample_rate)          # where the window begins in the decoded sound
+            part = wave[max(begin, 0):max(begin + len(out), 0)]
+            out[max(-begin, 0):][:len(part)] = part
+        waves.append(out)
+    return {"video": [np.stack([pictures.get((w, i), blank) for i in range(num_frames)]) for w in range(len(video_windows))],
+            "audio": waves, "has_video": has_video, "has_audio": has_audio, "short": bool(short), "duration": duration}
+
+
+def _picture(frame, size, reformatter):
+    """A decoded frame as (H, W, 3) uint8: short side `size`, turned upright."""
+    scale = size / min(frame.width, frame.height)
+    frame_rgb = reformatter.reformat(frame, max(size, round(frame.width * scale)), max(size, round(frame.height * scale)),
+                                     "rgb24", threads=1)
+    return np.ascontiguousarray(np.rot90(frame_rgb.to_ndarray(), k=round(frame.rotation / 90)))
+
+
+def read_clip(path, start=0.0, seconds=10.0, num_frames=16, size=224, sample_rate=16000):
+    """One window of a clip, `start` to `start + seconds`: video (T, H, W, 3) uint8 with short side `size`, the frames evenly
+    spread over the seconds by timestamp; audio (samples,) float32, mean of the channels; has_video, has_audio, short.
+    An absent stream is zeros of full shape, a short one is padded. Raises ClipError where nothing decodes."""
+    clip = read_windows(path, lambda duration: ([(start, seconds)], [(start, seconds)]), num_frames, size, sample_rate)
+    return {**clip, "video": clip["video"][0], "audio": clip["audio"][0]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Turn it into tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the encoder eats: saved with each checkpoint, so that whoever loads it prepares a clip in the same way."""
+    seconds: float = 8.0            # length of a view
+    frames: int = 16                # video frames spread over it
+    size: int = 224                 # side of the square that is cut out ...
+    resize: int = 256               # ... after the short side was scaled to this
+    crop_scale: tuple = (0.4, 1.0)  # area of a random resized crop, as a fraction
+    sample_rate: int = 16000
+    n_fft: int = 400
+    win_length: int = 400
+    hop: int = 160
+    window: str = "hamming"         # or "hann"
+    n_mels: int = 128
+    mel_mean: float = -17.977       # of the mel in dB: AudioSet (authors' code); see python data.py --stats
+    mel_std: float = 24.468
+
+    @property
+    def mel_frames(self):
+        return round(self.seconds * self.sample_rate) // self.hop + 1
+
+
+class LogMel(torch.nn.Module):
+    """(..., samples) -> (..., 1, F, T): mel power in dB (floor at -100 dB), minus the mean, over the std."""
+    def __init__(self, inputs):
+        super().__init__()
+        self.mean, self.std = inputs.mel_mean, inputs.mel_std
+        window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[inputs.window]
+        self.mel = torchaudio.transforms.MelSpectrogram(inputs.sample_rate, inputs.n_fft, inputs.win_length, inputs.hop,
+                                                        n_mels=inputs.n_mels, window_fn=window, power=2.0)
+        self.decibel = torchaudio.transforms.AmplitudeToDB("power")
+
+    def forward(self, wave):
+        return (self.decibel(self.mel(wave)).unsqueeze(-3) - self.mean) / self.std
+
+
+def crop_transform(inputs, crop):
+    """Transform for (T, 3, H, W) uint8: 'center' (resize and centre crop), 'flip' (the same, flipped half of the time) or
+    'random' (random resized crop and flip)."""
+    if crop == "random":
+        steps = [transforms.RandomResizedCrop(inputs.size, scale=inputs.crop_scale, antialias=True)]
+    else:
+        steps = [transforms.Resize(inputs.resize, antialias=True), transforms.CenterCrop(inputs.size)]
+    return transforms.Compose(steps + [transforms.RandomHorizontalFlip()] * (crop != "center"))
+
+
+def normalize_video(video):
+    """(..., 3, T, H, W) uint8 -> float32, ImageNet mean and std. Runs where the tensor lies, so on the GPU in training."""
+    mean = torch.tensor(IMAGENET_MEAN, device=video.device).view(3, 1, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=video.device).view(3, 1, 1, 1)
+    return (video.float() / 255 - mean) / std
+
+
+class View(NamedTuple):
+    """A stretch of a clip and what is taken from it."""
+    start: float                    # seconds on the clip's clock
+    seconds: float
+    video: str | None               # a crop of crop_transform, or None: no picture in this view
+    audio: bool
+
+
+def even_views(count, seconds, rng, duration, video=True, audio=True):
+    """`count` test views spread evenly over the clip, centre crop."""
+    room = max(0.0, duration - seconds)
+    starts = [room / 2] if count == 1 else np.linspace(0, room, count)
+    return [View(float(s), seconds, "center" if video else None, audio) for s in starts]
+
+
+class Clips(Dataset):
+    """The clips of a listing as views. Key: (epoch, index). The item is a pure function of (seed, epoch, index):
+
+    video (Vv, 3, T, H, W) uint8 and audio (Va, 1, F, T) float32 of the views that have them, present (V, 2) bool, index,
+    has_video, has_audio, short, bad. A clip that does not decode is named in `bad` and, with `replace`, another one is
+    drawn for it; without, the item holds nothing but `bad`.
+
+    plan(rng, duration) -> list of View is the method's policy (at module level: it must pickle).
+    """
+    def __init__(self, listing, inputs, plan, seed=0, replace=True):
+        self.listing, self.inputs, self.plan, self.seed, self.replace = listing, inputs, plan, seed, replace
+        self.mel = LogMel(inputs)
+        self.crops = {crop: crop_transform(inputs, crop) for crop in ("center", "flip", "random")}
+
+    def __len__(self):
+        return len(self.listing)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng, bad = np.random.default_rng((self.seed, epoch, index)), []
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)                # a mel takes 5 ms with one thread and 100 with two; and the same bits anywhere
+        try:
+            for _ in range(20):
+                try:
+                    return {**self.item(index, rng), "bad": bad}
+                except ClipError as e:
+                    bad.append(str(e))
+                    if not self.replace:
+                        return {"bad": bad}
+                    index = int(rng.integers(len(self)))
+        finally:
+            torch.set_num_threads(threads)
+        raise ClipError(f"20 clips in a row do not decode, the last: {bad[-1]}; look at the files with python data.py --check")
+
+    def item(self, index, rng):
+        views = []
+
+        def windows(duration):
+            views.extend(self.plan(rng, duration))
+            return [v[:2] for v in views if v.video], [v[:2] for v in views if v.audio]
+
+        clip = read_windows(self.listing.path(index), windows, self.inputs.frames, self.inputs.resize, self.inputs.sample_rate)
+        out = {"index": index, "present": torch.tensor([[bool(v.video), v.audio] for v in views])}
+        with torch.random.fork_rng(devices=[]):             # torchvision draws its crops from torch's global stream
+            torch.manual_seed(int(rng.integers(2 ** 62)))
+            out["video"] = [self.crops[view.video](torch.from_numpy(frames).permute(0, 3, 1, 2)).transpose(0, 1)
+                            for view, frames in zip([v for v in views if v.video], clip["video"])]
+        out["audio"] = [self.mel(torch.from_numpy(wave)) for wave in clip["audio"]]
+        return {**out, **{k: clip[k] for k in ("has_video", "has_audio", "short")}}
+
+
+def collate(items):
+    """A list of items -> a batch: video (sum of Vv, 3, T, H, W), audio (sum of Va, 1, F, T), present (B, V, 2), index (B,),
+    and what was wrong: no_video, no_audio, short (counts), bad (messages)."""
+    bad = [message for item in items for message in item["bad"]]
+    items = [item for item in items if "index" in item]
+    if not items:
+        return {"index": torch.zeros(0, dtype=torch.long), "bad": bad}
+    batch = {key: torch.stack([x for item in items for x in item[key]]) for key in ("video", "audio")
+             if any(item[key] for item in items)}
+    return {**batch, "present": torch.stack([item["present"] for item in items]), "bad": bad,
+            "index": torch.tensor([item["index"] for item in items]),
+            "no_video": sum(not item["has_video"] and bool(item["video"]) for item in items),
+            "no_audio": sum(not item["has_audio"] and bool(item["audio"]) for item in items),
+            "short": sum(item["short"] for item in items)}
+
+
+def to_device(batch, device):
+    """Move the tensors and normalise the video there."""
+    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    return {**batch, "video": normalize_video(batch["video"])} if "video" in batch else batch
+
+
+def load_clip(path, inputs, start=None):
+    """A file -> {"video": (1, 3, T, H, W), "audio": (1, 1, F, T)} as `encoder(**clip)` takes it; a stream that the file lacks
+    is left out. `start` in seconds; the middle of the clip if None."""
+    inputs = inputs if isinstance(inputs, Inputs) else Inputs(**inputs)
+
+    def middle(duration):
+        begin = max(0.0, duration - inputs.seconds) / 2 if start is None else start
+        return [(begin, inputs.seconds)], [(begin, inputs.seconds)]
+
+    clip, out = read_windows(path, middle, inputs.frames, inputs.resize, inputs.sample_rate), {}
+    if clip["has_video"]:
+        frames = torch.from_numpy(clip["video"][0]).permute(0, 3, 1, 2)                         # (T, 3, H, W)
+        out["video"] = normalize_video(crop_transform(inputs, "center")(frames).transpose(0, 1)[None])
+    if clip["has_audio"]:
+        out["audio"] = LogMel(inputs)(torch.from_numpy(clip["audio"][0]))[None]
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. List a data set
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Listing:
+    """The clips of a split: paths relative to root as one numpy bytes array (two million strings would be copied by each
+    data worker), labels as one flat array with offsets, since a clip may have none, one or several."""
+    name: str
+    root: str
+    files: np.ndarray
+    labels: np.ndarray | None = None        # flat, int16
+    offsets: np.ndarray | None = None       # (N + 1,)
+    classes: list = field(default_factory=list)
+    multilabel: bool = False
+    missing: int = 0                        # listed in the csv, not on disk
+
+    def __len__(self):
+        return len(self.files)
+
+    def path(self, i):
+        return os.path.join(self.root, os.fsdecode(bytes(self.files[i])))
+
+    def clip_labels(self, i):
+        """The class indices of clip i."""
+        return self.labels[self.offsets[i]:self.offsets[i + 1]]
+
+    def targets(self, indices):
+        """(N,) class indices, or (N, C) zeros and ones for a multi-label set."""
+        if not self.multilabel:
+            return torch.from_numpy(self.labels[self.offsets[np.asarray(indices)]].astype(np.int64))
+        out = torch.zeros(len(indices), len(self.classes))
+        for row, i in enumerate(indices):
+            out[row, self.clip_labels(int(i)).astype(np.int64)] = 1
+        return out
+
+    def subset(self, indices):
+        labels = None if self.labels is None else [self.clip_labels(i) for i in indices]
+        return make_listing(self.name, self.root, [self.files[i] for i in indices], labels, self.classes, self.multilabel)
+
+
+def make_listing(name, root, files, labels, classes, multilabel=False, missing=0):
+    """Pack lists into a Listing; labels: one sequence of class indices for each file, or None."""
+    flat = offsets = None
+    if labels is not None:
+        flat = np.array([c for row in labels for c in row], np.int16)
+        offsets = np.cumsum([0] + [len(row) for row in labels])
+    return Listing(name, str(root), np.array([os.fsencode(f) for f in files], dtype=np.bytes_), flat, offsets, list(classes),
+                   multilabel, missing)
+
+
+def list_clips(name, folder=None, split="train"):
+    """The clips of `name` that lie under `folder`. split: 'train' or 'test'. Raises UserError with what to do."""
+    if name not in NAMES:
+        raise UserError(f"--data {name}: not a data set; one of {', '.join(NAMES)}")
+    folder = Path(folder or (toy_folder() if name == "toy" else ""))
+    if name != "toy" and (not str(folder) or str(folder) == "."):
+        raise UserError(f"--data {name} needs --data-dir, the folder with the clips and the csv files")
+    if name == "toy":
+        make_toy(folder)
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {folder}: there is no such folder")
+    listing = {"toy": _list_toy, "vggsound": _list_vggsound, "folder": _list_folder}.get(name, _list_audioset)(name, folder, split)
+    if len(listing) == 0:
+        raise UserError(f"--data {name}: none of the {listing.missing:,} listed clips lies under {folder}" if listing.missing else
+                        f"--data {name}: no clip in {folder} for the {split} split")
+    return listing
+
+
+def describe(listing):
+    missing = f", {listing.missing:,} listed but missing" if listing.missing else ""
+    return f"{listing.name}: {len(listing):,} clips found{missing}" + (f", {len(listing.classes)} classes" if listing.classes else "")
+
+
+def _scan(folder):
+    """All media files below a folder, as relative paths, sorted so that the order is the same on each machine."""
+    found = []
+    for base, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        found += [os.path.relpath(os.path.join(base, f), folder) for f in files if os.path.splitext(f)[1].lower() in MEDIA]
+    return sorted(found)
+
+
+def _by_id(folder):
+    """YouTube id -> file, for <id>.flac, <id>_40.000.mp4, <id>_<start>_<end>.mp4 and Y<id>.wav. An id has 11 characters, and
+    may itself begin with Y or hold underscores: a name that can be read in two ways is entered under both."""
+    index = {}
+    for file in _scan(folder):
+        stem = os.path.splitext(os.path.basename(file))[0]
+        if len(stem) >= 12 and stem[0] == "Y" and (len(stem) == 12 or stem[12] == "_"):
+            index.setdefault(stem[1:12], file)
+        if len(stem) == 11 or stem[11:12] == "_":
+            index[stem[:11]] = file
+    return index
+
+
+def _rows(path):
+    """Rows of a csv, without the comments and the empty ones."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; put the data set's csv there")
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = [row for row in csv.reader(f, skipinitialspace=True) if row and not row[0].startswith("#")]
+    if not rows:
+        raise UserError(f"{path}: the csv is empty")
+    return rows
+
+
+def _list_audioset(name, folder, split):
+    lists = {"audioset": ["unbalanced_train"], "audioset-20k": ["balanced_train"],      # AS-2M, AS-20K, both
+             "audioset-full": ["unbalanced_train", "balanced_train"]}[name] if split == "train" else ["eval"]
+    labels_csv = _rows(folder / "class_labels_indices.csv")[1:]
+    try:
+        classes, mids = [row[2] for row in labels_csv], {row[1]: int(row[0]) for row in labels_csv}
+        rows = [(row[0], [mids[m] for m in row[3].split(",")]) for part in lists for row in _rows(folder / f"{part}_segments.csv")]
+    except (IndexError, ValueError):
+        raise UserError(f"{folder}: a row of the csv files is not of AudioSet's form (id, start, end, \"mid,mid\")") from None
+    except KeyError as e:
+        raise UserError(f"{folder}: unknown class {e} in the segments csv; class_labels_indices.csv does not list it") from None
+    index = _by_id(folder)
+    rows, listed = [(index[i], c) for i, c in rows if i in index], len(rows)
+    return make_listing(name, folder, [f for f, _ in rows], [c for _, c in rows], classes, True, listed - len(rows))
+
+
+def _list_vggsound(name, folder, split):
+    if (folder / "vggsound.csv").is_file():
+        rows = _rows(folder / "vggsound.csv")
+        if any(len(row) != 4 for row in rows):
+            raise UserError(f"{folder / 'vggsound.csv'}: a row does not have the four fields id, start, label, split")
+        names = {row[2] for row in rows}
+        rows = [(f"{row[0]}_{int(row[1]):06d}", row[2]) for row in rows if row[3].strip() == split]
+    else:
+        both = {s: _rows(folder / f"{s}.csv") for s in ("train", "test")}
+        if any(len(row) != 2 for part in both.values() for row in part):
+            raise UserError(f"{folder}: a row of train.csv or test.csv does not have the two fields file, label")
+        names = {row[1] for part in both.values() for row in part}
+        rows = [(os.path.splitext(row[0])[0], row[1]) for row in both[split]]
+    classes = sorted(names)
+    number = {c: i for i, c in enumerate(classes)}
+    index, exact = _by_id(folder), {os.path.splitext(os.path.basename(f))[0]: f for f in _scan(folder)}
+    found = [(exact.get(stem) or index.get(stem[:11]), number[label]) for stem, label in rows]
+    found = [(f, c) for f, c in found if f]
+    return make_listing(name, folder, [f for f, _ in found], [[c] for _, c in found], classes, False, len(rows) - len(found))
+
+
+def _list_folder(name, folder, split):
+    """Sub-folders are the labels; train/ and test/ above them are the splits, otherwise one clip in five, by a hash of its
+    name, is held out for the test. Without sub-folders there are no labels, and all clips are in both splits."""
+    files = _scan(folder)
+    parts = [Path(f).parts for f in files]
+    if files and all(p[0] in ("train", "test") for p in parts):
+        files, parts = zip(*[(f, p[1:]) for f, p in zip(files, parts) if p[0] == split] or [((), ())])
+        names = sorted({d.name for s in ("train", "test") for d in (folder / s).glob("*") if d.is_dir()})
+        files = list(files) if files != ((),) else []
+    else:
+        names = sorted({p[0] for p in parts if len(p) > 1})
+        if names:
+            keep = [(hashlib.sha256(f.encode()).digest()[0] % 5 == 0) == (split == "test") for f in files]
+            files, parts = [f for f, k in zip(files, keep) if k], [p for p, k in zip(parts, keep) if k]
+    if not names:
+        return make_listing(name, folder, files, None, [])
+    number = {c: i for i, c in enumerate(names)}
+    rows = [(f, number[p[0]]) for f, p in zip(files, parts) if len(p) > 1]
+    return make_listing(name, folder, [f for f, _ in rows], [[c] for _, c in rows], names, False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Draw batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Batches(Sampler):
+    """Keys (epoch, index) of this rank's (micro-)batches from step `start` to `steps`: a pure function of (seed, step, rank),
+    so that a run that goes on replays nothing. `batch` is global; the last, smaller batch of an epoch is dropped."""
+    def __init__(self, count, batch, seed, start, steps, rank=0, world=1, accumulate=1):
+        if batch > count:
+            raise UserError(f"--batch-size {batch} is larger than the set ({count:,} clips); make it smaller")
+        if batch % (world * accumulate):
+            raise UserError(f"--batch-size {batch} is not divisible by {world} processes x {accumulate} micro-batches")
+        self.count, self.batch, self.seed, self.start, self.steps = count, batch, seed, start, steps
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+
+    def __len__(self):
+        return (self.steps - self.start) * self.accumulate
+
+    def __iter__(self):
+        per_epoch, order, last = self.count // self.batch, None, None
+        for step in range(self.start, self.steps):
+            epoch, place = divmod(step, per_epoch)
+            if epoch != last:
+                order, last = np.random.default_rng((self.seed, epoch)).permutation(self.count), epoch
+            mine = order[place * self.batch:(place + 1) * self.batch][self.rank::self.world]
+            for micro in np.split(mine, self.accumulate):
+                yield [(epoch, int(i)) for i in micro]
+
+
+def one_thread(worker):
+    """For the data workers: a mel is slower on two threads; and a signal is for the training process, which then ends them."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def train_loader(clips, batches, workers, pin=False):
+    """Batches of a Clips data set, decoded by `workers` processes (0: in this one)."""
+    return DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=one_thread,
+                      pin_memory=pin, prefetch_factor=4 if workers else None)
+
+
+def eval_loader(listing, inputs, plan, batch, workers, seed=0):
+    """All clips of a listing once, in order; what does not decode is left out and stands in `bad`."""
+    keys = [[(0, i) for i in range(a, min(a + batch, len(listing)))] for a in range(0, len(listing), batch)]
+    return DataLoader(Clips(listing, inputs, plan, seed, replace=False), batch_sampler=keys, num_workers=workers,
+                      collate_fn=collate, worker_init_fn=one_thread)
+
+
+class Troubles:
+    """Counts what was wrong with the clips, names each bad one once, and stops the run when too many are bad."""
+    def __init__(self, total, max_share=0.1):
+        self.total, self.max_share, self.bad = total, max_share, set()
+        self.counts = {"no_video": 0, "no_audio": 0, "short": 0}
+
+    def add(self, batch):
+        for key in self.counts:
+            self.counts[key] += int(batch.get(key, 0))
+        for message in batch["bad"]:
+            if message not in self.bad:
+                self.bad.add(message)
+                tqdm.write(f"bad clip: {message}")
+        if len(self.bad) > self.max_share * self.total:
+            raise UserError(f"{len(self.bad)} of {self.total:,} clips do not decode, more than {self.max_share:.0%}: stopped; "
+                            "look at the files with python data.py --check, or raise --max-bad")
+
+    def row(self):
+        return {"bad_clips": len(self.bad), **self.counts}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The toy world: sound and sight with common causes, as real H.264 + AAC files
+# ---------------------------------------------------------------------------------------------------------------------
+# The class is heard as timbre and seen as hue. Size is pitch (small is high). Each bounce is an onset. The shape, the
+# background, brightness, place, drift, gain and noise mean nothing; in half of the clips a second object of another hue
+# glides by without bouncing or sounding.
+
+TOY = dict(train=1536, test=256, seconds=4.0, fps=10, side=64, sample_rate=16000, seed=0, version=1)
+TOY_CLASSES = ("red odd", "orange saw", "green octaves", "teal bell", "blue tremolo", "violet hollow", "pink breath", "lime formant")
+TOY_HUES = (0.0, 0.09, 0.36, 0.48, 0.62, 0.74, 0.87, 0.22)
+
+
+def toy_folder():
+    return Path("cache") / f"toy-v{TOY['version']}-seed{TOY['seed']}"
+
+
+def toy_clip(seed, split, index):
+    """One clip of the world: (frames (T, H, W, 3) uint8, wave (samples,) float32, truth dict). A pure function."""
+    rng = np.random.default_rng((seed, ("train", "test").index(split), index))
+    label = index % len(TOY_CLASSES)
+    octave = rng.uniform(0, 2)                                  # the cause that size and pitch share
+    radius, pitch = TOY["side"] * 0.22 * 2 ** (-octave / 2), 220 * 2 ** octave
+    period, phase = rng.uniform(0.4, 1.0), rng.uniform(0, 1)    # seconds from bounce to bounce
+    onsets = (np.arange(-1, 12) + phase) * period
+    t = (np.arange(int(TOY["seconds"] * TOY["fps"])) + 0.5) / TOY["fps"]
+    u = (t / period - phase) % 1.0
+    x = _reflect(rng.uniform(0.2, 0.8) + rng.uniform(-0.12, 0.12) * t)
+    floor, height = rng.uniform(0.75, 0.88), rng.uniform(0.3, 0.5)
+    y = floor - height * 4 * u * (1 - u)                        # parabolas: on the floor at each onset
+    silent = bool(rng.integers(2))
+    frames = _toy_background(rng, t)
+    if silent:
+        other = (label + rng.integers(1, len(TOY_CLASSES))) % len(TOY_CLASSES)
+        sx, sy = _reflect(rng.uniform(0.2, 0.8) + rng.uniform(-0.12, 0.12) * t), _reflect(rng.uniform(0.2, 0.8) + rng.uniform(-0.1, 0.1) * t)
+        frames = _toy_draw(frames, sx, sy, TOY["side"] * 0.22 * 2 ** (-rng.uniform(0, 1)), _toy_color(rng, other), rng.integers(4))
+    frames = _toy_draw(frames, x, y, radius, _toy_color(rng, label), rng.integers(4))
+    frames = frames * np.float32(rng.uniform(0.6, 1.0)) + 6 * rng.standard_normal(frames.shape, np.float32)
+    wave = _toy_sound(rng, label, pitch, onsets)
+    return (frames.clip(0, 255).astype(np.uint8), wave,
+            {"label": label, "octave": octave, "period": period, "silent": silent, "place": np.stack([x, y], 1)})
+
+
+def _reflect(x):
+    return 0.15 + 0.7 * np.abs((x - 0.15) / 0.7 % 2 - 1)         # bounces off the side walls
+
+
+def _toy_color(rng, label):
+    h, s, v = (TOY_HUES[label] + rng.normal(0, 0.012)) % 1, rng.uniform(0.7, 1.0), rng.uniform(0.7, 1.0)
+    k = (np.array([5, 3, 1]) + h * 6) % 6
+    return 255 * (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1))              # HSV -> RGB
+
+
+def _toy_background(rng, t):
+    """A smooth field of dull colours that becomes another one every second."""
+    coarse = torch.from_numpy(rng.uniform(50, 150, (1, 3, int(TOY["seconds"]) + 1, 3, 3)).astype(np.float32))
+    smooth = torch.nn.functional.interpolate(coarse, size=(len(t), TOY["side"], TOY["side"]), mode="trilinear", align_corners=True)
+    return smooth[0].permute(1, 2, 3, 0).numpy()
+
+
+def _toy_draw(frames, x, y, radius, color, shape):
+    """Paint a disc, square, diamond or ring at (x, y) of each frame, (0, 0) the top left corner and (1, 1) the other."""
+    side = frames.shape[1]
+    grid, x, y = ((np.arange(side) + 0.5) / side).astype(np.float32), x.astype(np.float32), y.astype(np.float32)
+    dx, dy = (grid[None, None, :] - x[:, None, None]) * side, (grid[None, :, None] - y[:, None, None]) * side   # (T, 1, W), (T, H, 1)
+    distance = (np.hypot(dx, dy), 1.13 * np.maximum(np.abs(dx), np.abs(dy)), 0.8 * (np.abs(dx) + np.abs(dy)), np.hypot(dx, dy))[shape]
+    cover = np.clip(radius - distance + 0.5, 0, 1)
+    if shape == 3:
+        cover *= np.clip(distance - radius * 0.45 + 0.5, 0, 1)
+    return frames + cover[..., None] * (color.astype(np.float32) - frames)
+
+
+def _toy_sound(rng, label, pitch, onsets):
+    """A note at each onset; the class is the timbre: which partials, how loud, and how they move."""
+    rate = TOY["sample_rate"]
+    t = np.arange(int(TOY["seconds"] * rate)) / rate
+    n = np.arange(1, 13)
+    ratios, gains = [
+        (2 * n - 1, 1.0 / (2 * n - 1)),                                                 # odd partials: a square wave
+        (n, 1.0 / n),                                                                   # saw
+        (2.0 ** np.arange(5), np.ones(5)),                                              # octaves, equally loud
+        (np.array([1, 2.76, 5.40, 8.93]), np.array([1, 0.8, 0.7, 0.5])),                # a bell: partials out of tune
+        (n[:4], 1.0 / n[:4]),                                                           # few partials, with tremolo
+        (np.array([1, 5, 6, 7]), np.array([1, 0.6, 0.8, 0.6])),                         # hollow: nothing between 1 and 5
+        (n[:3], np.array([0.6, 0.3, 0.2])),                                             # breath: tone in noise
+        (n, np.exp(-0.5 * ((n * pitch - 1800) / 500) ** 2) + 0.02),                     # a formant that stays at 1,800 Hz
+    ][label]
+    gains = gains / np.sqrt((gains ** 2).sum())
+    decay = rng.uniform(0.12, 0.3)
+    wave = np.zeros_like(t)
+    for onset in onsets:
+        begin = max(0, int(round(onset * rate)))
+        if begin >= len(t) or onset < -0.5:
+            continue
+        s = t[begin:begin + rate] - onset                        # after a second nothing is left of a note
+        freqs = pitch * ratios * 2 ** rng.normal(0, 0.01)
+        keep = freqs < 0.45 * rate
+        note = (gains[keep, None] * np.sin(2 * np.pi * freqs[keep, None] * s + rng.uniform(0, 2 * np.pi, (keep.sum(), 1)))).sum(0)
+        if label == 4:
+            note = note * (1 + 0.9 * np.sin(2 * np.pi * 14 * s))
+        if label == 6:
+            note = note + 0.7 * rng.normal(size=len(s))
+        wave[begin:begin + rate] += note * np.exp(-s / decay) * np.clip(s / 0.005, 0, 1)
+    hiss = np.cumsum(rng.normal(size=len(t))) if rng.integers(2) else rng.normal(size=len(t))     # brown or white
+    hiss = (hiss - hiss.mean()) / hiss.std()
+    wave = wave / wave.std() + hiss * 10 ** (-rng.uniform(5, 20) / 20)
+    return (0.1 * 10 ** (-rng.uniform(0, 12) / 20) * wave).clip(-1, 1).astype(np.float32)
+
+
+def write_clip(path, frames=None, wave=None, fps=12, sample_rate=16000, bit_rate=64_000):
+    """Write an mp4 with H.264 and AAC. frames (T, H, W, 3) uint8, wave (samples,) or (channels, samples) float in [-1, 1]."""
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        if frames is not None:
+            video = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "tune": "fastdecode", "crf": "20"})
+            video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+            video.codec_context.thread_count = 1
+        if wave is not None:
+            wave = np.atleast_2d(wave).astype(np.float32)
+            layout = {1: "mono", 2: "stereo"}[len(wave)]
+            audio = container.add_stream("aac", rate=sample_rate, layout=layout)
+            audio.bit_rate = bit_rate
+        for picture in () if frames is None else frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        if frames is not None:
+            container.mux(video.encode(None))
+        for a in range(0, 0 if wave is None else wave.shape[1], 1024):
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[:, a:a + 1024]), format="fltp", layout=layout)
+            frame.sample_rate, frame.pts = sample_rate, a
+            container.mux(audio.encode(frame))
+        if wave is not None:
+            container.mux(audio.encode(None))
+
+
+class _ToyWriter(Dataset):
+    """Writes clip i when it is asked for it: the data workers are the processes that make the set."""
+    def __init__(self, folder, split):
+        self.folder, self.split = Path(folder), split
+
+    def __len__(self):
+        return TOY[self.split]
+
+    def __getitem__(self, i):
+        frames, wave, truth = toy_clip(TOY["seed"], self.split, i)
+        write_clip(self.folder / self.split / f"{i:05d}.mp4", frames, wave, TOY["fps"], TOY["sample_rate"])
+        return truth
+
+
+def make_toy(folder):
+    """Write the toy clips, once: <split>/<number>.mp4, and truth.npz beside them with label, octave (of pitch and of 1/size),
+    period (s between bounces), silent (is there a silent object) and place (N, T, 2), the sounding object's x and y in
+    [0, 1] at the middle of each frame. The folder appears under its name only when it is whole."""
+    folder, world = Path(folder), json.dumps(TOY, sort_keys=True)
+    if (folder / "world.json").is_file():
+        if (folder / "world.json").read_text() != world:
+            raise UserError(f"{folder} holds toy clips of another world; remove it or give another --data-dir")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no toy clips; give --data-dir an empty or a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
+    try:
+        for split in ("train", "test"):
+            (part / split).mkdir()
+            rows = DataLoader(_ToyWriter(part, split), batch_size=None, num_workers=os.cpu_count() or 1, worker_init_fn=one_thread)
+            rows = list(tqdm(rows, desc=f"writing toy clips ({split})", unit="clip"))
+            np.savez(part / split / "truth.npz", **{k: np.stack([np.asarray(row[k]) for row in rows]) for k in rows[0]})
+        (part / "world.json").write_text(world)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _list_toy(name, folder, split):
+    labels = np.load(folder / split / "truth.npz")["label"]
+    return make_listing(name, folder, [f"{split}/{i:05d}.mp4" for i in range(len(labels))], labels[:, None], TOY_CLASSES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. What is there, and its statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+class _Check(Dataset):
+    """Opens clip i and decodes its middle: (has_video, has_audio, duration, message)."""
+    def __init__(self, listing):
+        self.listing = listing
+
+    def __len__(self):
+        return len(self.listing)
+
+    def __getitem__(self, i):
+        try:
+            clip = read_windows(self.listing.path(i), lambda duration: ([(duration / 2, 0.1)], [(duration / 2, 0.1)]), 1, 16, 16000)
+        except ClipError as e:
+            return False, False, 0.0, str(e)
+        return clip["has_video"], clip["has_audio"], clip["duration"], ""
+
+
+def check(listing, workers):
+    """Decode a moment of each clip and print what is there: a dict of counts. Names each unreadable clip."""
+    counts = {"clips": len(listing), "missing": listing.missing, "unreadable": 0, "no video": 0, "no audio": 0, "seconds": 0.0}
+    rows = DataLoader(_Check(listing), batch_size=None, num_workers=workers, worker_init_fn=one_thread)
+    for has_video, has_audio, duration, message in tqdm(rows, desc="check", unit="clip"):
+        counts["seconds"] += duration
+        if message:
+            counts["unreadable"] += 1
+            tqdm.write(f"unreadable: {message}")
+        else:
+            counts["no video"] += not has_video
+            counts["no audio"] += not has_audio
+    print(describe(listing))
+    print(f"unreadable {counts['unreadable']:,}, without picture {counts['no video']:,}, without sound {counts['no audio']:,}, "
+          f"{counts['seconds'] / 3600:.2f} hours")
+    return counts
+
+
+def mel_stats(listing, inputs, workers, most):
+    """(mean, std) of the mel in dB over the middle of at most `most` clips, drawn with seed 0; clips without sound are left out."""
+    some = np.random.default_rng(0).permutation(len(listing))[:most]
+    plain = Inputs(**{**inputs.__dict__, "mel_mean": 0.0, "mel_std": 1.0})
+    plan = functools.partial(even_views, 1, plain.seconds, video=False)
+    loader = eval_loader(listing.subset(np.sort(some)), plain, plan, 1, workers)
+    total = square = count = 0.0
+    for batch in tqdm(loader, desc="stats", unit="clip"):
+        if len(batch["index"]) and not batch["no_audio"]:
+            x = batch["audio"].double()
+            total, square, count = total + x.sum().item(), square + x.square().sum().item(), count + x.numel()
+    if not count:
+        raise UserError(f"--stats: no clip of {listing.name} has a sound that decodes")
+    return total / count, max(square / count - (total / count) ** 2, 0.0) ** 0.5
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", default="toy", help=", ".join(NAMES))
+    add("--data-dir", help="folder with the clips and the csv files (toy: where to write them)")
+    add("--split", choices=("train", "test"), default="train")
+    add("--check", action="store_true", help="decode a moment of each clip; say what is there, missing, unreadable")
+    add("--stats", action="store_true", help="mean and std of the mel in dB, for --mel-mean and --mel-std")
+    add("--clips", type=int, default=2000, help="clips that --stats reads at most")
+    add("--mels", type=int, default=Inputs.n_mels, help="mel bins of --stats")
+    add("--hop", type=int, default=Inputs.hop, help="samples between two mel frames of --stats")
+    add("--workers", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args(argv)
+    listing = list_clips(args.data, args.data_dir, args.split)
+    if args.check:
+        check(listing, args.workers)
+    if args.stats:
+        mean, std = mel_stats(listing, Inputs(n_mels=args.mels, hop=args.hop), args.workers, args.clips)
+        print(f"--mel-mean {mean:.3f} --mel-std {std:.3f}")
+    if not (args.check or args.stats):
+        print(describe(listing))
+
+
+if __name__ == "__main__":
+    main_guard(main)

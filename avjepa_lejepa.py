@@ -17,7 +17,7 @@ import argparse, contextlib, functools, math, time
 from dataclasses import asdict
 from pathlib import Path
 
-import common, data                                     # before torch: common sets how its threads wait
+import common, data, probe                              # before torch: common sets how its threads wait
 from common import UserError, ViT, sigreg
 
 import torch
@@ -34,7 +34,7 @@ RECIPE = {
     "frames":       (16,                   8,              "code: spread evenly over the view, by timestamps"),
     "image":        (224,                  48,             "code"),
     "resize":       (256,                  48,             "code: short side, before the crop"),
-    "crop_scale":   ((0.4, 1.0),           (0.4, 1.0),     "code: random resized crop of a local video view"),
+    "crop_scale":   ((0.4, 1.0),           (0.7, 1.0),     "code: random resized crop of a local video view (toy: size is a cause)"),
     "tubelet":      ((2, 16, 16),          (2, 16, 16),    "code: 8 x 14 x 14 = 1,568 video tokens (seed)"),
     "n_mels":       (128,                  64,             "code: 16 kHz, n_fft 400, Hamming 400, dB"),
     "hop":          (160,                  320,            "code: samples from one mel frame to the next"),
@@ -52,6 +52,7 @@ RECIPE = {
     "weight_decay": (0.05,                 0.05,           "code"),
     "clip_grad":    (5.0,                  5.0,            "code: norm of the gradient"),
 }
+PANEL = ("loss", "invariance", "sigreg", "sigreg/N", "std", "rank", "grad_norm", "lr", "ms_data", "ms_step")
 MEL_STATS = {"toy": (-33.4, 19.3), "vggsound": (-20.437, 24.496)}      # dB; others: AudioSet's (code); toy: data.py --stats
 
 
@@ -112,8 +113,8 @@ def plan_views(rng, duration, seconds, local):
 
 def make_inputs(recipe):
     """What data.py prepares, by the recipe."""
-    return data.Inputs(seconds=recipe["seconds"], frames=recipe["frames"], size=recipe["image"], resize=recipe["resize"],
-                       crop_scale=recipe["crop_scale"], n_mels=recipe["n_mels"], hop=recipe["hop"], mel_mean=recipe["mel_mean"], mel_std=recipe["mel_std"])
+    same = {name: recipe[name] for name in ("seconds", "frames", "resize", "crop_scale", "n_mels", "hop", "mel_mean", "mel_std")}
+    return data.Inputs(size=recipe["image"], **same)
 
 
 def encoder_config(recipe, inputs, checkpoint=False):
@@ -127,21 +128,12 @@ def encoder_config(recipe, inputs, checkpoint=False):
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 
-def projector(dim, widths):
-    """MLP with BatchNorm and GELU between its layers. (N, dim) -> (N, widths[-1])"""
-    layers = []
-    for width in widths[:-1]:
-        layers += [nn.Linear(dim, width), nn.BatchNorm1d(width), nn.GELU()]     # unspecified: statistics of each process
-        dim = width
-    return nn.Sequential(*layers, nn.Linear(dim, widths[-1]))
-
-
 class AVJEPA(nn.Module):
     """The encoder, the projector, and the loss of a batch."""
     def __init__(self, config, widths, lam, slices):
         super().__init__()
         self.encoder = ViT(**config)
-        self.projector = projector(self.encoder.dim, widths)
+        self.projector = common.mlp(self.encoder.dim, widths)          # unspecified: BatchNorm by the statistics of each process
         self.lam, self.slices = lam, slices
 
     def embed(self, video, audio, present):
@@ -222,7 +214,8 @@ def main(argv=None):
     def save(step):
         if process.main:
             common.save_checkpoint(Path(args.out) / "latest.pt", method=METHOD, step=step, steps=steps, args=vars(args), recipe=recipe,
-                                   inputs=asdict(inputs), encoder=config, weights="encoder", model=model.state_dict(), optimizer=optimizer.state_dict())
+                                   inputs=asdict(inputs), encoder=config, projector=recipe["projector"], weights="encoder",
+                                   model=model.state_dict(), optimizer=optimizer.state_dict())
 
     wrapped, stop = process.wrap(model), common.StopSignal()
     log, troubles = common.Log(args.out, start, process), data.Troubles(len(listing), args.max_bad)
@@ -254,7 +247,7 @@ def main(argv=None):
             log.write({"step": step, "loss": loss.item(), "invariance": parts["invariance"].item(), "sigreg": parts["sigreg"].item(),
                        "sigreg/N": parts["sigreg"].item() / (recipe["batch_size"] / args.accumulate), "std": std, "rank": rank,
                        "grad_norm": grad_norm.item(), "lr": lr, "ms_data": 1e3 * data_s / count, "ms_step": 1e3 * seconds / count,
-                       **troubles.row()}, ("step", "loss", "invariance", "sigreg", "std", "rank", "grad_norm", "lr", "ms_data", "ms_step"))
+                       **troubles.row()}, ("step", *PANEL))
             if std < 0.05 and not collapsed and process.main:
                 tqdm.write(f"COLLAPSE at step {step}: the embeddings' std is {std:.3f} (a Gaussian has 1), effective rank {rank:.1f}"
                            + (", by design: lambda is 0" if recipe["lam"] == 0 else "; raise --lam or lower --lr"))
@@ -266,6 +259,11 @@ def main(argv=None):
             if process.main:
                 tqdm.write(f"stopped after step {step + 1} of {steps}, saved to {args.out}; the same command goes on from there")
             return
+    if process.main:
+        common.draw_curves(args.out, PANEL, f"AV-JEPA, {args.data}, seed {args.seed}, {steps} steps")
+        print(f"trained {steps:,} steps: {args.out}/latest.pt, log.jsonl, curves.png")
+        if args.data == "toy":
+            probe.toy_report(args.out, args.data_dir, process, workers)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class Patches(nn.Module):
         if x is None:
             return (self.proj.bias + self.position()).expand(batch, -1, -1)
         if tuple(x.shape[2:]) != self.shape:
-            raise UserError(f"the encoder was built for an input of {self.shape} but got {tuple(x.shape[2:])}; prepare it with data.load_clip")
+            raise UserError(f"the encoder takes an input of {self.shape}, not of {tuple(x.shape[2:])}; prepare it with data.load_clip")
         return self.proj(x).flatten(2).transpose(1, 2) + self.position()                                  # (B, N, dim)
 
 
@@ -140,7 +140,8 @@ class ViT(nn.Module):
         if size not in SIZES:
             raise UserError(f"--size {size}: unknown ViT; one of {', '.join(SIZES)}")
         if video and any(n % p for n, p in zip(video["shape"], video["patch"])):
-            raise UserError(f"frames, height and width {tuple(video['shape'])} are not divisible by the tubelet {tuple(video['patch'])}; change --frames")
+            raise UserError(f"frames, height, width {tuple(video['shape'])} are not divisible by the tubelet {tuple(video['patch'])}; "
+                            "change --frames")
         if audio and any(n < p for n, p in zip(audio["shape"], audio["patch"])):
             raise UserError(f"the mel {tuple(audio['shape'])} is smaller than a patch {tuple(audio['patch'])}; raise --seconds")
         dim, depth, heads, mlp = SIZES[size]
@@ -181,6 +182,15 @@ class ViT(nn.Module):
         if self.absent == "zero" and not (video and audio):                                 # both ran: keep what was given
             x = x[:, :self.video.num] if video else x[:, self.video.num if self.video else 0:]
         return x, x.mean(1) if cls is None else cls
+
+
+def mlp(dim, widths):
+    """Linear layers with BatchNorm and GELU between them. (N, dim) -> (N, widths[-1])"""
+    layers = []
+    for width in widths[:-1]:
+        layers += [nn.Linear(dim, width), nn.BatchNorm1d(width), nn.GELU()]
+        dim = width
+    return nn.Sequential(*layers, nn.Linear(dim, widths[-1]))
 
 
 def gather(x, index):
@@ -420,7 +430,8 @@ def load_checkpoint(path, method=None, device="cpu"):
         content = torch.load(path, map_location=device, weights_only=True)
         found = content["method"]
     except Exception as e:                              # torch raises half a dozen kinds for a damaged file
-        raise UserError(f"{path}: cannot be read as a checkpoint of ours ({type(e).__name__}); it is cut off, or something else wrote it") from None
+        raise UserError(f"{path}: cannot be read as a checkpoint of ours ({type(e).__name__}); it is cut off, or something else wrote "
+                        "it") from None
     if method and found != method:
         raise UserError(f"{path}: is a checkpoint of {found}, not of {method}; start {found}.py with it")
     return content
@@ -431,15 +442,19 @@ def load_weights(module, weights, path):
     try:
         module.load_state_dict(weights)
     except RuntimeError:
-        raise UserError(f"{path}: its weights have another shape than the model that was asked for; use the same --size and recipe") from None
+        raise UserError(f"{path}: its weights have another shape than the model that was asked for; use the same --size and "
+                        "recipe") from None
 
 
 class FrozenEncoder(nn.Module):
     """What load_encoder returns. Call: video (B, 3, T, H, W) and/or audio (B, 1, F, T), normalised as data.py delivers them ->
-    tokens (B, N, D) of the modalities given, video first, and the clip embedding (B, D). `.inputs` goes into data.load_clip."""
-    def __init__(self, vit, inputs, method):
+    tokens (B, N, D) of the modalities given, video first, and the clip embedding (B, D). `.inputs` goes into data.load_clip;
+    `.projector` maps the embedding to where the loss was taken, None for a method that has none."""
+    def __init__(self, vit, projector, content):
         super().__init__()
-        self.vit, self.inputs, self.method, self.dim = vit.eval().requires_grad_(False), inputs, method, vit.dim
+        self.vit, self.projector, self.dim = vit, projector, vit.dim
+        self.inputs, self.method, self.step = content["inputs"], content["method"], content["step"]
+        self.eval().requires_grad_(False)
 
     def forward(self, video=None, audio=None):
         if video is None and audio is None:
@@ -456,11 +471,12 @@ def load_encoder(path, device="cpu", untrained=False, absent=None):
     content = load_checkpoint(path)
     seed_step(content["args"]["seed"], 0)
     vit = ViT(**content["encoder"])
-    if not untrained:
-        prefix = content["weights"] + "."
-        load_weights(vit, {k[len(prefix):]: v for k, v in content["model"].items() if k.startswith(prefix)}, path)
+    projector = mlp(vit.dim, content["projector"]) if content.get("projector") else None
+    for module, name in ((vit, content["weights"]), (projector, "projector")):
+        if module is not None and not untrained:
+            load_weights(module, {k[len(name) + 1:]: v for k, v in content["model"].items() if k.startswith(name + ".")}, path)
     vit.absent = absent or vit.absent
-    return FrozenEncoder(vit, content["inputs"], content["method"]).to(device)
+    return FrozenEncoder(vit, projector, content).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

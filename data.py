@@ -42,8 +42,9 @@ def read_windows(path, plan, num_frames, size, sample_rate):
     plan(duration in seconds) -> (video windows, audio windows), each a list of (start, seconds) on the clip's own clock.
     Returns a dict: video, one (T, H, W, 3) uint8 array for each video window, short side `size`, T = num_frames frames at
     the middle of T equal parts of the window; audio, one (samples,) float32 array for each audio window, the mean of the
-    channels at sample_rate; has_video, has_audio, short (more than .1 s of a window lies outside of what decoded: the
-    picture then holds its nearest frame and the sound is zero). An absent stream is zeros. Raises ClipError.
+    channels at sample_rate; has_video, has_audio (of a stream that no window asks for: is it there); short: more than .1 s of a
+    window lies outside of what decoded (the picture then holds its nearest frame and the sound is zero). An absent stream is
+    zeros. Raises ClipError.
     """
     try:
         return _read_windows(str(path), plan, num_frames, size, sample_rate)
@@ -117,18 +118,18 @@ def _read_windows(path, plan, num_frames, size, sample_rate):
                 shown[1] = _picture(shown[0], size, reformatter) if shown[1] is None else shown[1]
                 pictures[tuple(place)] = shown[1]
 
-    has_video, has_audio = bool(pictures), bool(sound)
-    if chosen and not (has_video or has_audio) or not streams:
+    has_video, has_audio = bool(pictures) if video_windows else video is not None, bool(sound) if audio_windows else audio is not None
+    if not streams or chosen and not (pictures or sound):
         raise ClipError(f"{path}: nothing in it decodes (no video frame, no sound)")
     blank = np.zeros((size, size, 3), np.uint8)
-    waves, short = [], has_video and end_of_video < max(start + seconds for start, seconds in video_windows) - 0.1
-    if has_audio:
+    waves, short = [], bool(pictures) and end_of_video < max(start + seconds for start, seconds in video_windows) - 0.1
+    if sound:
         wave = torch.from_numpy(np.concatenate(sound, 1).mean(0))       # FFmpeg's own down-mix would be 3 dB louder
         wave = torchaudio.functional.resample(wave, rate, sample_rate).numpy()
         short = short or sound_start + len(wave) / sample_rate < sound_end - 0.1
     for start, seconds in audio_windows:
         out = np.zeros(round(seconds * sample_rate), np.float32)
-        if has_audio:
+        if sound:
             begin = round((start - sound_start) * sample_rate)          # where the window begins in the decoded sound
             part = wave[max(begin, 0):max(begin + len(out), 0)]
             out[max(-begin, 0):][:len(part)] = part
@@ -278,8 +279,8 @@ class Clips(Dataset):
 
 
 def collate(items):
-    """A list of items -> a batch: video (sum of Vv, 3, T, H, W), audio (sum of Va, 1, F, T), present (B, V, 2), index (B,),
-    and what was wrong: no_video, no_audio, short (counts), bad (messages)."""
+    """A list of items -> a batch: video (sum of Vv, 3, T, H, W), audio (sum of Va, 1, F, T), present (B, V, 2), index,
+    has_video, has_audio, short (each (B,)), and bad (messages)."""
     bad = [message for item in items for message in item["bad"]]
     items = [item for item in items if "index" in item]
     if not items:
@@ -287,10 +288,7 @@ def collate(items):
     batch = {key: torch.stack([x for item in items for x in item[key]]) for key in ("video", "audio")
              if any(item[key] for item in items)}
     return {**batch, "present": torch.stack([item["present"] for item in items]), "bad": bad,
-            "index": torch.tensor([item["index"] for item in items]),
-            "no_video": sum(not item["has_video"] and bool(item["video"]) for item in items),
-            "no_audio": sum(not item["has_audio"] and bool(item["audio"]) for item in items),
-            "short": sum(item["short"] for item in items)}
+            **{key: torch.tensor([item[key] for item in items]) for key in ("index", "has_video", "has_audio", "short")}}
 
 
 def to_device(batch, device):
@@ -369,7 +367,7 @@ def make_listing(name, root, files, labels, classes, multilabel=False, missing=0
 
 
 def list_clips(name, folder=None, split="train"):
-    """The clips of `name` that lie under `folder`. split: 'train' or 'test'. Raises UserError with what to do."""
+    """The clips of `name` that lie under `folder`. split: 'train' or 'test' (a folder also: 'all'). Raises UserError with what to do."""
     if name not in NAMES:
         raise UserError(f"--data {name}: not a data set; one of {', '.join(NAMES)}")
     folder = Path(folder or (toy_folder() if name == "toy" else ""))
@@ -466,13 +464,13 @@ def _list_folder(name, folder, split):
     name, is held out for the test. Without sub-folders there are no labels, and all clips are in both splits."""
     files = _scan(folder)
     parts = [Path(f).parts for f in files]
-    if files and all(p[0] in ("train", "test") for p in parts):
+    if split != "all" and files and all(p[0] in ("train", "test") for p in parts):
         files, parts = zip(*[(f, p[1:]) for f, p in zip(files, parts) if p[0] == split] or [((), ())])
         names = sorted({d.name for s in ("train", "test") for d in (folder / s).glob("*") if d.is_dir()})
         files = list(files) if files != ((),) else []
     else:
         names = sorted({p[0] for p in parts if len(p) > 1})
-        if names:
+        if names and split != "all":
             keep = [(hashlib.sha256(f.encode()).digest()[0] % 5 == 0) == (split == "test") for f in files]
             files, parts = [f for f, k in zip(files, keep) if k], [p for p, k in zip(parts, keep) if k]
     if not names:
@@ -538,8 +536,9 @@ class Troubles:
         self.counts = {"no_video": 0, "no_audio": 0, "short": 0}
 
     def add(self, batch):
-        for key in self.counts:
-            self.counts[key] += int(batch.get(key, 0))
+        if len(batch["index"]):
+            for key, flag in (("no_video", ~batch["has_video"]), ("no_audio", ~batch["has_audio"]), ("short", batch["short"])):
+                self.counts[key] += int(flag.sum())
         for message in batch["bad"]:
             if message not in self.bad:
                 self.bad.add(message)
@@ -585,7 +584,7 @@ def toy_clip(seed, split, index):
     frames = _toy_background(rng, t)
     if silent:
         other = (label + rng.integers(1, len(TOY_CLASSES))) % len(TOY_CLASSES)
-        sx, sy = _reflect(rng.uniform(0.2, 0.8) + rng.uniform(-0.12, 0.12) * t), _reflect(rng.uniform(0.2, 0.8) + rng.uniform(-0.1, 0.1) * t)
+        sx, sy = (_reflect(rng.uniform(0.2, 0.8) + rng.uniform(-0.12, 0.12) * t) for _ in range(2))
         frames = _toy_draw(frames, sx, sy, TOY["side"] * 0.22 * 2 ** (-rng.uniform(0, 1)), _toy_color(rng, other), rng.integers(4))
     frames = _toy_draw(frames, x, y, radius, _toy_color(rng, label), rng.integers(4))
     frames = frames * np.float32(rng.uniform(0.6, 1.0)) + 6 * rng.standard_normal(frames.shape, np.float32)
@@ -606,7 +605,7 @@ def _toy_color(rng, label):
 
 def _toy_background(rng, t):
     """A smooth field of dull colours that becomes another one every second."""
-    coarse = torch.from_numpy(rng.uniform(50, 150, (1, 3, int(TOY["seconds"]) + 1, 3, 3)).astype(np.float32))
+    coarse = torch.from_numpy(rng.uniform(35, 170, (1, 3, int(TOY["seconds"]) + 1, 3, 3)).astype(np.float32))
     smooth = torch.nn.functional.interpolate(coarse, size=(len(t), TOY["side"], TOY["side"]), mode="trilinear", align_corners=True)
     return smooth[0].permute(1, 2, 3, 0).numpy()
 
@@ -777,7 +776,7 @@ def mel_stats(listing, inputs, workers, most):
     loader = eval_loader(listing.subset(np.sort(some)), plain, plan, 1, workers)
     total = square = count = 0.0
     for batch in tqdm(loader, desc="stats", unit="clip"):
-        if len(batch["index"]) and not batch["no_audio"]:
+        if len(batch["index"]) and batch["has_audio"].all():
             x = batch["audio"].double()
             total, square, count = total + x.sum().item(), square + x.square().sum().item(), count + x.numel()
     if not count:

@@ -1,0 +1,201 @@
+"""Cross-modal retrieval: find the video of a sound and the sound of a video, by the embeddings of one modality at a time.
+
+    python retrieval.py --ckpt runs/avjepa_lejepa-toy-seed0 --data toy --clips all
+    python retrieval.py --ckpt RUN --data vggsound --data-dir vggsound/                  # 5 clips a class, seed 0: N = 1,545
+    python retrieval.py --ckpt RUN --data audioset --data-dir audioset/ --clips ids.txt  # a list of ids or file names
+    python retrieval.py --ckpt RUN --query dog.wav --folder clips/                       # a sound or a silent video
+"""
+import argparse, functools, json, time
+from pathlib import Path
+
+import common, data                                     # before torch: common sets how its threads wait
+from common import UserError, main_guard
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures
+# ---------------------------------------------------------------------------------------------------------------------
+
+def ranks(similarity):
+    """Rank of the match, 1 the best. similarity (N, N): rows are the queries, the diagonal is the match. Whatever does not lie
+    strictly below the match stands before it, so that ties (and NaN) never count for the model."""
+    return similarity.shape[1] - (similarity < similarity.diagonal()[:, None]).sum(1)
+
+
+def recall(similarity):
+    """One direction: R@1, R@5, R@10 in percent and the median rank."""
+    r = ranks(similarity)
+    return {**{f"R@{k}": 100 * (r <= k).float().mean().item() for k in (1, 5, 10)}, "median_rank": r.float().quantile(0.5).item()}
+
+
+def chance(n):
+    """What a random order of n candidates scores."""
+    return {**{f"R@{k}": 100 * min(1.0, k / n) for k in (1, 5, 10)}, "median_rank": (n + 1) / 2}
+
+
+def recall_in_class(similarity, labels):
+    """(R@1 in percent among the clips of the query's own class, its chance): class alone does not help here. labels (N,)."""
+    hits, luck = [], []
+    for c in labels.unique():
+        members = (labels == c).nonzero().squeeze(1)
+        hits.append(ranks(similarity[members][:, members]) == 1)
+        luck.append(torch.full((len(members),), 1 / len(members)))
+    return 100 * torch.cat(hits).float().mean().item(), 100 * torch.cat(luck).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embeddings
+# ---------------------------------------------------------------------------------------------------------------------
+
+def random_views(count, seconds, rng, duration, video=True, audio=True):
+    """`count` views at random places of the clip, centre crop (authors' code: 4, averaged)."""
+    starts = rng.uniform(0, max(0.0, duration - seconds), count)
+    return [data.View(float(s), seconds, "center" if video else None, audio) for s in starts]
+
+
+@torch.no_grad()
+def embed(encoder, listing, views=4, batch=32, workers=1, process=None, seed=0, projected=True):
+    """Each clip once per modality: {"audio": (N, D), "video": (N, D)}, L2-normalised means over the views, and what was read:
+    index (N,), has_video, has_audio (N,) bool, bad (messages). A clip that does not decode is left out."""
+    inputs, process = data.Inputs(**encoder.inputs), process or common.start_process("cpu")
+    plan = functools.partial(random_views, views, inputs.seconds)
+    out, read, bad = {"audio": [], "video": []}, {"index": [], "has_video": [], "has_audio": []}, []
+    for b in tqdm(data.eval_loader(listing, inputs, plan, batch, workers, seed), desc="embed for retrieval", unit="batch"):
+        bad += b["bad"]
+        if not len(b["index"]):
+            continue
+        for key in read:
+            read[key].append(b[key])
+        b = data.to_device(b, process.device)
+        for modality in out:
+            with process.autocast():
+                z = encoder(**{modality: b[modality]})[1].float()                   # (B views, D)
+            z = encoder.projector(z) if projected and encoder.projector is not None else z
+            out[modality].append(F.normalize(z.unflatten(0, (-1, views)).mean(1), dim=-1).cpu())
+    if not out["audio"]:
+        raise UserError(f"{listing.name}: no readable clip among {len(listing):,}; look at the files with python data.py --check")
+    return {k: torch.cat(v) for k, v in out.items()}, {**{k: torch.cat(v) for k, v in read.items()}, "bad": bad}
+
+
+def choose(listing, clips, seed=0):
+    """The clips to search: 'all', a number of clips for each class (drawn with the seed; a clip with several labels counts for
+    the rarest), or a file with an id or a file name in each line."""
+    if clips == "all":
+        return listing
+    if clips.isdigit() and int(clips) > 0:
+        if listing.labels is None:
+            raise UserError(f"--clips {clips}: {listing.name} has no classes; give --clips all or a list of ids")
+        frequency = np.bincount(listing.labels, minlength=len(listing.classes))
+        label = np.array([min(listing.clip_labels(i), key=lambda c: frequency[c], default=-1) for i in range(len(listing))])
+        rng, chosen = np.random.default_rng(seed), []
+        for c in range(len(listing.classes)):
+            chosen += rng.permutation(np.flatnonzero(label == c))[:int(clips)].tolist()
+        return listing.subset(sorted(chosen))
+    if not Path(clips).is_file():
+        raise UserError(f"--clips {clips}: neither 'all', nor a number of clips for each class, nor a file with ids")
+    wanted = [line.strip() for line in Path(clips).read_text().splitlines() if line.strip()]
+    names = [Path(listing.path(i)) for i in range(len(listing))]
+    place = {key: i for i, name in enumerate(names) for key in (name.stem[1:12] if name.stem[0] == "Y" else name.stem, name.stem[:11],
+                                                                name.stem, name.name)}
+    missing = [w for w in wanted if w not in place]
+    if len(missing) == len(wanted):
+        raise UserError(f"--clips {clips}: none of its {len(wanted):,} ids is in {listing.name}")
+    if missing:
+        print(f"{len(missing):,} of {len(wanted):,} ids of {clips} are not on disk, the first: {missing[0]}")
+    return listing.subset([place[w] for w in wanted if w in place])
+
+
+def evaluate(encoder, listing, views=4, workers=1, process=None, projected=True, seed=0):
+    """Both directions, chance and, with classes, R@1 within the class: a flat dict for the log. Only clips that have both sound
+    and picture are searched; the others are counted."""
+    z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, projected=projected)
+    both = read["has_video"] & read["has_audio"]
+    a, v, index = z["audio"][both], z["video"][both], read["index"][both]
+    if not len(index):
+        raise UserError(f"{listing.name}: no clip has both sound and picture")
+    result = {"N": len(index), "left_out": int((~both).sum()) + len(read["bad"]), "chance": chance(len(index))}
+    for name, similarity in (("A->V", a @ v.T), ("V->A", v @ a.T)):
+        result[name] = recall(similarity)
+        if listing.labels is not None and not listing.multilabel:
+            result[name]["class R@1"], result["chance"]["class R@1"] = recall_in_class(similarity, listing.targets(index.numpy()))
+    return result
+
+
+def query(encoder, file, folder, top, workers, process, projected=True):
+    """(the modality that was searched with, [(score, path)], number of clips left out): the clips of a folder whose other
+    modality lies nearest to the file. A file that has sound is asked by its sound."""
+    def one(paths, modality):
+        listing = data.make_listing("query", "", paths, None, [])
+        z, read = embed(encoder, listing, workers=workers, process=process, projected=projected)
+        keep = read[f"has_{modality}"]
+        return z[modality][keep], [paths[i] for i in read["index"][keep]], len(paths) - int(keep.sum())
+
+    if not Path(file).is_file():
+        raise UserError(f"--query {file}: there is no such file")
+    candidates = data.list_clips("folder", folder, split="all")
+    clip = data.read_clip(file, 0.0, 1.0, 1, 16, 16000)
+    asks = "audio" if clip["has_audio"] else "video"
+    z, _, _ = one([str(file)], asks)
+    found, paths, left_out = one([candidates.path(i) for i in range(len(candidates))], "video" if asks == "audio" else "audio")
+    if not paths:
+        raise UserError(f"--folder {folder}: no clip in it has {'a picture' if asks == 'audio' else 'sound'} to compare with")
+    scores = (found @ z[0]).tolist()
+    return asks, sorted(zip(scores, paths), reverse=True)[:top], left_out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="folder of a run, or its latest.pt")
+    add("--data", help="toy, audioset, vggsound or folder")
+    add("--data-dir", help="folder with the clips and the csv files")
+    add("--clips", default="5", help="all, a number of clips for each class, or a file with ids")
+    add("--views", type=int, default=4, help="random views of a clip that are averaged")
+    add("--embedding", choices=("projected", "cls"), default="projected", help="projected (the paper's table) or CLS (the authors' job)")
+    add("--untrained", action="store_true", help="the same encoder as it was initialised, for comparison")
+    add("--absent", choices=("zero", "drop"), help="if other than in training")
+    add("--query", help="a sound or a video: list its best matches in --folder")
+    add("--folder", help="folder that is searched with --query")
+    add("--top", type=int, default=10, help="matches to list")
+    add("--workers", type=int, help="processes that decode")
+    add("--device", default="auto", help="auto, cpu, mps or cuda")
+    add("--seed", type=int, default=0, help="of the choice of clips and of the views")
+    args = parser.parse_args(argv)
+    if bool(args.query) == bool(args.data) or bool(args.query) != bool(args.folder):
+        raise UserError("give either --data SET, or --query FILE with --folder DIR")
+    common.check_range("--views", args.views, 1, 1000), common.check_range("--top", args.top, 1, 10 ** 6)
+    began, process = time.time(), common.start_process(args.device)
+    workers = common.default_workers(process) if args.workers is None else args.workers
+    encoder = common.load_encoder(args.ckpt, process.device, args.untrained, args.absent)
+    if encoder.vit.video is None or encoder.vit.audio is None:
+        raise UserError(f"{args.ckpt}: {encoder.method} takes one modality only; retrieval needs both")
+    projected = args.embedding == "projected"
+    if args.query:
+        asks, best, left_out = query(encoder, args.query, args.folder, args.top, workers, process, projected)
+        print(f"by the {asks} of {args.query}:")
+        for score, path in best:
+            print(f"{score:7.3f}  {path}")
+        if left_out:
+            print(f"({left_out} clips left out: unreadable, or without {'picture' if asks == 'audio' else 'sound'})")
+        return
+    listing = choose(data.list_clips(args.data, args.data_dir, "test"), args.clips, args.seed)
+    result = evaluate(encoder, listing, args.views, workers, process, projected, args.seed)
+    print(f"{args.data}, N = {result['N']:,}, left out {result['left_out']:,}" + (", untrained encoder" if args.untrained else ""))
+    for name in ("A->V", "V->A", "chance"):
+        print(f"{name:7s}" + "".join(f"  {k} {v:6.1f}" for k, v in result[name].items()))
+    run = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent
+    row = {"data": args.data, "clips": args.clips, "embedding": args.embedding, "untrained": args.untrained, "absent": encoder.vit.absent,
+           "seed": args.seed, "ckpt": str(args.ckpt), "step": encoder.step, "seconds": round(time.time() - began, 1), **result}
+    with open(run / "retrieval.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -52,8 +52,8 @@ RECIPE = {
     "weight_decay": (0.05,                 0.05,           "code"),
     "clip_grad":    (5.0,                  5.0,            "code: norm of the gradient"),
 }
-PANEL = ("loss", "invariance", "sigreg", "sigreg/N", "std", "rank", "grad_norm", "lr", "ms_data", "ms_step")
-MEL_STATS = {"toy": (-33.4, 19.3), "vggsound": (-20.437, 24.496)}      # dB; others: AudioSet's (code); toy: data.py --stats
+PANEL = ("loss", "invariance", "sigreg", "sigreg/N", "embedding_std", "effective_rank", "grad_norm", "lr", "ms_data", "ms_step")
+MEL_STATS = {"toy": (-17.9, 17.1), "vggsound": (-20.437, 24.496)}      # dB; others: AudioSet's (code); toy: data.py --stats
 
 
 def get_args(argv=None):
@@ -73,7 +73,7 @@ def get_args(argv=None):
     recipe = {name: row[column] for name, row in RECIPE.items()}
     if args.data == "vggsound" and column == 0:
         recipe["epochs"] = 50
-    if args.steps or args.epochs:
+    if args.steps is not None or args.epochs is not None:
         recipe["steps"], recipe["epochs"] = args.steps, args.epochs
     for name in ("size", "batch_size", "lr", "lam", "seconds", "frames"):
         if getattr(args, name) is not None:
@@ -83,7 +83,8 @@ def get_args(argv=None):
                   absent=args.absent, local=args.local, accumulate=args.accumulate, data=args.data, seed=args.seed)
     check = common.check_range
     check("--lam", recipe["lam"], 0, 1), check("--lr", recipe["lr"], 0, 10), check("--batch-size", recipe["batch_size"], 2, 10 ** 6)
-    check("--steps", recipe["steps"] or 1, 1, 10 ** 9), check("--epochs", recipe["epochs"] or 1, 1e-6, 10 ** 6)
+    check("--steps", 1 if recipe["steps"] is None else recipe["steps"], 1, 10 ** 9)
+    check("--epochs", 1 if recipe["epochs"] is None else recipe["epochs"], 1e-6, 10 ** 6)
     check("--seconds", recipe["seconds"], 0.1, 3600), check("--mel-std", recipe["mel_std"], 1e-6, 1e6)
     check("--accumulate", args.accumulate, 1, 10 ** 6), check("--frames", recipe["frames"], 1, 4096)
     check("--log-every", args.log_every, 1, 10 ** 9), check("--save-every", args.save_every, 1, 10 ** 9)
@@ -219,7 +220,7 @@ def main(argv=None):
 
     wrapped, stop = process.wrap(model), common.StopSignal()
     log, troubles = common.Log(args.out, start, process), data.Troubles(len(listing), args.max_bad)
-    began, data_s, collapsed = time.time(), 0.0, False
+    began, data_s, logged, collapsed = time.time(), 0.0, start, False
     for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=not process.main):
         lr = common.warmup_cosine(step, steps, max(1, round(recipe["warmup"] * steps)), recipe["lr"], end=recipe["lr_end"])
         for group in optimizer.param_groups:
@@ -232,26 +233,26 @@ def main(argv=None):
             batch = data.to_device(batch, process.device)
             data_s += time.time() - clock
             last = micro == args.accumulate - 1
-            with process.autocast(), contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
-                loss, parts = wrapped(batch, step * args.accumulate + micro)
+            with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
+                with process.autocast():
+                    loss, parts = wrapped(batch, step * args.accumulate + micro)
                 (loss / args.accumulate).backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe["clip_grad"])
         if process.any(not math.isfinite(loss.item() + grad_norm.item())):
             raise UserError(f"the loss or its gradient is not finite at step {step}; the last good checkpoint in {args.out} is kept; "
-                            "lower --lr and go on with the same command" )
+                            "give a new --out and a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % args.log_every == 0 or step + 1 == steps:
-            std, rank = common.health(parts["z"])
-            count, seconds = step % args.log_every + 1, time.time() - began
+            (std, rank), count, seconds = common.health(parts["z"]), step + 1 - logged, time.time() - began
             log.write({"step": step, "loss": loss.item(), "invariance": parts["invariance"].item(), "sigreg": parts["sigreg"].item(),
-                       "sigreg/N": parts["sigreg"].item() / (recipe["batch_size"] / args.accumulate), "std": std, "rank": rank,
-                       "grad_norm": grad_norm.item(), "lr": lr, "ms_data": 1e3 * data_s / count, "ms_step": 1e3 * seconds / count,
-                       **troubles.row()}, ("step", *PANEL))
+                       "sigreg/N": parts["sigreg"].item() / (recipe["batch_size"] / args.accumulate), "embedding_std": std,
+                       "effective_rank": rank, "grad_norm": grad_norm.item(), "lr": lr, "ms_data": 1e3 * data_s / count,
+                       "ms_step": 1e3 * seconds / count, **troubles.row()}, ("step", *PANEL))
             if std < 0.05 and not collapsed and process.main:
                 tqdm.write(f"COLLAPSE at step {step}: the embeddings' std is {std:.3f} (a Gaussian has 1), effective rank {rank:.1f}"
                            + (", by design: lambda is 0" if recipe["lam"] == 0 else "; raise --lam or lower --lr"))
-            collapsed, began, data_s = std < 0.05, time.time(), 0.0
+            began, data_s, logged, collapsed = time.time(), 0.0, step + 1, std < 0.05
         stopping = process.any(stop)
         if (step + 1) % args.save_every == 0 or step + 1 == steps or stopping:
             save(step + 1)
@@ -259,6 +260,7 @@ def main(argv=None):
             if process.main:
                 tqdm.write(f"stopped after step {step + 1} of {steps}, saved to {args.out}; the same command goes on from there")
             return
+    stop.release()
     if process.main:
         common.draw_curves(args.out, PANEL, f"AV-JEPA, {args.data}, seed {args.seed}, {steps} steps")
         print(f"trained {steps:,} steps: {args.out}/latest.pt, log.jsonl, curves.png")

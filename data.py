@@ -269,7 +269,7 @@ class Clips(Dataset):
             return [v[:2] for v in views if v.video], [v[:2] for v in views if v.audio]
 
         clip = read_windows(self.listing.path(index), windows, self.inputs.frames, self.inputs.resize, self.inputs.sample_rate)
-        out = {"index": index, "present": torch.tensor([[bool(v.video), v.audio] for v in views])}
+        out = {"index": index, "present": torch.tensor([[bool(v.video), bool(v.audio)] for v in views])}
         with torch.random.fork_rng(devices=[]):             # torchvision draws its crops from torch's global stream
             torch.manual_seed(int(rng.integers(2 ** 62)))
             out["video"] = [self.crops[view.video](torch.from_numpy(frames).permute(0, 3, 1, 2)).transpose(0, 1)
@@ -292,8 +292,8 @@ def collate(items):
 
 
 def to_device(batch, device):
-    """Move the tensors and normalise the video there."""
-    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    """Move video and audio, and normalise the video there."""
+    batch = {**batch, **{k: batch[k].to(device, non_blocking=True) for k in ("video", "audio") if k in batch}}
     return {**batch, "video": normalize_video(batch["video"])} if "video" in batch else batch
 
 
@@ -793,6 +793,7 @@ def main(argv=None):
     add("--check", action="store_true", help="decode a moment of each clip; say what is there, missing, unreadable")
     add("--stats", action="store_true", help="mean and std of the mel in dB, for --mel-mean and --mel-std")
     add("--clips", type=int, default=2000, help="clips that --stats reads at most")
+    add("--seconds", type=float, default=Inputs.seconds, help="length of the windows of --stats")
     add("--mels", type=int, default=Inputs.n_mels, help="mel bins of --stats")
     add("--hop", type=int, default=Inputs.hop, help="samples between two mel frames of --stats")
     add("--workers", type=int, default=os.cpu_count() or 1)
@@ -801,7 +802,7 @@ def main(argv=None):
     if args.check:
         check(listing, args.workers)
     if args.stats:
-        mean, std = mel_stats(listing, Inputs(n_mels=args.mels, hop=args.hop), args.workers, args.clips)
+        mean, std = mel_stats(listing, Inputs(seconds=args.seconds, n_mels=args.mels, hop=args.hop), args.workers, args.clips)
         print(f"--mel-mean {mean:.3f} --mel-std {std:.3f}")
     if not (args.check or args.stats):
         print(describe(listing))

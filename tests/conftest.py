@@ -1,0 +1,109 @@
+"""Small real clips, H.264 + AAC, written once, and the helpers that read back what was put into them."""
+import random, sys
+from fractions import Fraction
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: F401                             before torch: common sets how its threads wait
+
+import av
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+RATES = {"24": Fraction(24), "25": Fraction(25), "29.97": Fraction(30000, 1001), "30": Fraction(30)}    # frames per second
+MOMENTS = (0.4, 2.7, 5.3, 7.2)                          # seconds at which a clock clip flashes and clicks
+
+
+def write(path, frames=None, wave=None, fps=25, rate=16000, gop=25, video="libx264", audio="aac", pixels="yuv420p", options=None):
+    """A clip by PyAV alone, independent of data.write_clip, with a key frame at least every `gop` frames. Returns the path."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        if frames is not None:
+            picture = container.add_stream(video, rate=fps, options={"preset": "veryfast", "crf": "18", "g": str(gop)})
+            picture.height, picture.width, picture.pix_fmt = *frames[0].shape[:2], pixels
+            picture.codec_context.thread_count = 1
+        if wave is not None:
+            wave = np.atleast_2d(wave).astype(np.float32)
+            layout = {1: "mono", 2: "stereo"}[len(wave)]
+            sound = container.add_stream(audio, rate=rate, layout=layout)
+            if audio == "aac":
+                sound.bit_rate = 96_000 * len(wave)
+        # by time, as recorders do: half a second of picture, half a second of sound
+        done_p = done_s = 0
+        total_p, total_s = 0 if frames is None else len(frames), 0 if wave is None else wave.shape[1]
+        while done_p < total_p or done_s < total_s:
+            if done_s >= total_s or done_p < total_p and done_p / fps <= done_s / rate:
+                container.mux(picture.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[done_p]), format="rgb24")))
+                done_p += 1
+            else:
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[:, done_s:done_s + 1024]), format="fltp", layout=layout)
+                frame.sample_rate, frame.pts = rate, done_s
+                container.mux(sound.encode(frame))
+                done_s += 1024
+        for stream in ([picture] if total_p else []) + ([sound] if total_s else []):
+            container.mux(stream.encode(None))
+    return path
+
+
+def tone(frequency, seconds, rate=16000, amplitude=0.5):
+    return amplitude * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)
+
+
+def numbered(n, flash=False, height=48, width=64):
+    """Frame number n < 256 as brightness: the lower left quarter holds n % 16, the lower right one n // 16. The upper half is
+    black, or white for a flash."""
+    frame = np.full((height, width, 3), 255 * flash, np.uint8)
+    frame[height // 2:, :width // 2], frame[height // 2:, width // 2:] = n % 16 * 16 + 8, n // 16 * 16 + 8
+    return frame
+
+
+def read_number(picture):
+    """The number that `numbered` put into a picture of any size."""
+    h, w = picture.shape[:2]
+    left, right = (picture[5 * h // 8:7 * h // 8, a * w // 8:(a + 2) * w // 8].mean() for a in (1, 5))
+    return round((left - 8) / 16) + 16 * round((right - 8) / 16)
+
+
+def read_flash(picture):
+    return picture[picture.shape[0] // 8:3 * picture.shape[0] // 8].mean() > 128
+
+
+def clock(path, fps, seconds=8.0, rate=16000, **how):
+    """A clip whose frames are numbered, and which flashes for one frame and clicks at the same MOMENTS."""
+    starts = [round(m * fps) for m in MOMENTS]                      # the frames that flash; the clicks come at their times
+    wave = np.zeros(round(seconds * rate))
+    for n in starts:
+        wave[round(n / fps * rate):][:rate // 1000] = 0.9
+    return write(path, [numbered(n, n in starts) for n in range(int(seconds * fps))], wave, fps, rate, **how)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def clocks(tmp_path_factory):
+    """{name: path} of 8-second clock clips: one for each of RATES (the sound at 16, 44.1 or 48 kHz), and other containers."""
+    folder, sound = tmp_path_factory.mktemp("clocks"), {"24": 48000, "25": 16000, "29.97": 44100, "30": 48000}
+    clips = {name: clock(folder / f"{name}.mp4", fps, rate=sound[name]) for name, fps in RATES.items()}
+    return clips | {end: clock(folder / f"25.{end}", RATES["25"], rate=44100) for end in ("mkv", "ts")}
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder with 8 seconds of the same numbered frames at 25 fps and 1 kHz tone: good.mp4, silent.mp4, sound.mp4, .wav and
+    .flac; fast.mp4 is good.mp4 with its index in front."""
+    folder = tmp_path_factory.mktemp("clips")
+    frames, wave = [numbered(n) for n in range(200)], tone(1000, 8)
+    write(folder / "good.mp4", frames, wave)
+    write(folder / "fast.mp4", frames, wave, options={"movflags": "faststart"})
+    write(folder / "silent.mp4", frames)
+    write(folder / "sound.mp4", wave=wave)
+    write(folder / "sound.wav", wave=wave, audio="pcm_s16le")
+    write(folder / "sound.flac", wave=wave, audio="flac")
+    return folder

@@ -331,7 +331,7 @@ class Process:
         """True on all ranks if it is True on one."""
         if self.world == 1:
             return bool(flag)
-        flag = torch.tensor(float(flag), device=self.device)
+        flag = torch.tensor(float(bool(flag)), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 

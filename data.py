@@ -572,9 +572,9 @@ def toy_clip(seed, split, index):
     rng = np.random.default_rng((seed, ("train", "test").index(split), index))
     label = index % len(TOY_CLASSES)
     octave = rng.uniform(0, 2)                                  # the cause that size and pitch share
-    radius, pitch = TOY["side"] * 0.22 * 2 ** (-octave / 2), 220 * 2 ** octave
-    period, phase = rng.uniform(0.4, 1.0), rng.uniform(0, 1)    # seconds from bounce to bounce
-    onsets = (np.arange(-1, 12) + phase) * period
+    radius, pitch = TOY["side"] * 0.27 * 3 ** (-octave / 2), 220 * 2 ** octave
+    period, phase = rng.uniform(0.5, 1.2), rng.uniform(0, 1)    # seconds from bounce to bounce
+    onsets = (np.arange(-1, 10) + phase) * period
     t = (np.arange(int(TOY["seconds"] * TOY["fps"])) + 0.5) / TOY["fps"]
     u = (t / period - phase) % 1.0
     x = _reflect(rng.uniform(0.2, 0.8) + rng.uniform(-0.12, 0.12) * t)
@@ -585,7 +585,7 @@ def toy_clip(seed, split, index):
     if silent:
         other = (label + rng.integers(1, len(TOY_CLASSES))) % len(TOY_CLASSES)
         sx, sy = (_reflect(rng.uniform(0.2, 0.8) + rng.uniform(-0.12, 0.12) * t) for _ in range(2))
-        frames = _toy_draw(frames, sx, sy, TOY["side"] * 0.22 * 2 ** (-rng.uniform(0, 1)), _toy_color(rng, other), rng.integers(4))
+        frames = _toy_draw(frames, sx, sy, TOY["side"] * 0.27 * 3 ** (-rng.uniform(0, 1)), _toy_color(rng, other), rng.integers(4))
     frames = _toy_draw(frames, x, y, radius, _toy_color(rng, label), rng.integers(4))
     frames = frames * np.float32(rng.uniform(0.6, 1.0)) + 6 * rng.standard_normal(frames.shape, np.float32)
     wave = _toy_sound(rng, label, pitch, onsets)

@@ -1,5 +1,5 @@
 """Small real clips, H.264 + AAC, written once, and the helpers that read back what was put into them."""
-import random, sys
+import json, random, sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: F401                             before torch: common sets how its threads wait
+import data
 
 import av
 import numpy as np
@@ -106,4 +107,17 @@ def clips(tmp_path_factory):
     write(folder / "sound.mp4", wave=wave)
     write(folder / "sound.wav", wave=wave, audio="pcm_s16le")
     write(folder / "sound.flac", wave=wave, audio="flac")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A toy world of 24 training and 16 test clips that scripts take for the whole one."""
+    whole, folder = dict(data.TOY), tmp_path_factory.mktemp("world") / "toy"
+    try:
+        data.TOY.update(train=24, test=16)
+        data.make_toy(folder)
+    finally:
+        data.TOY.update(whole)
+    (folder / "world.json").write_text(json.dumps(whole, sort_keys=True))
     return folder

@@ -68,7 +68,7 @@ def test_a_run_leaves_checkpoint_log_curves_and_results(run):
     assert rows[-1]["sigreg/N"] == pytest.approx(rows[-1]["sigreg"] / 4)
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     results = json.loads((run / "results.json").read_text())
-    assert set(results) == {"trained", "untrained", "raw input", "chance"}
+    assert results.pop("seconds") > 0 and set(results) == {"trained", "untrained", "raw input", "chance"}
     assert all(0 <= results[name][m] <= 100 for name in results for m in ("audio", "video", "av"))
     assert results["trained"]["N"] == data.list_clips("toy", weights(run)["args"]["data_dir"], "test").files.size
 
@@ -91,8 +91,8 @@ def test_stopped_at_two_of_four_steps_and_continued_equals_four_steps_bit_for_bi
 
 
 def test_sigterm_saves_and_says_how_to_go_on(toy, tmp_path):
-    command = [sys.executable, str(ROOT / "avjepa_lejepa.py"), *flags(toy, tmp_path, "--steps", 5000, "--save-every", 100000, "--workers", 1)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, str(ROOT / "avjepa_lejepa.py"), *flags(toy, tmp_path, "--steps", 5000, "--save-every", 100000)]
+    process = subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for _ in range(600):
         if len(common.read_log(tmp_path)) >= 2:
             break
@@ -122,20 +122,21 @@ def test_lambda_zero_says_that_it_collapses_and_names_the_collapse(toy, tmp_path
 
 
 def test_one_batch_is_learnt_without_collapse(toy):
-    _, recipe = avjepa_lejepa.get_args([])
+    _, recipe = avjepa_lejepa.get_args(["--seconds", "1", "--frames", "4"])
     inputs = avjepa_lejepa.make_inputs(recipe)
-    plan = avjepa_lejepa.functools.partial(avjepa_lejepa.plan_views, seconds=2.0, local="modality")
+    plan = avjepa_lejepa.functools.partial(avjepa_lejepa.plan_views, seconds=1.0, local="modality")
     clips = data.Clips(data.list_clips("toy", toy), inputs, plan)
     batch = data.to_device(data.collate([clips[0, i] for i in range(16)]), torch.device("cpu"))
     common.seed_step(0, 0)
     model = avjepa_lejepa.AVJEPA(avjepa_lejepa.encoder_config(recipe, inputs), (64, 8), 0.05, 64)
-    optimizer, inv = torch.optim.AdamW(model.parameters(), 1e-3), []
-    for step in range(40):
+    optimizer, apart = torch.optim.AdamW(model.parameters(), 1e-3), []
+    for step in range(60):
         loss, parts = model(batch, step)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-        inv.append(parts["invariance"].item())
-    std, rank = common.health(parts["z"])
-    assert inv[-1] < 0.25 * inv[0]
+        std, rank = common.health(parts["z"])
+        apart.append(parts["invariance"].item() / std ** 2)             # distance of a clip's views, against that of the clips
+    print(apart[::10], std, rank)
+    assert apart[-1] < 0.1 * apart[0]
     assert std > 0.5 and rank > 4
 
 

@@ -88,7 +88,7 @@ def get_args(argv=None):
     check("--seconds", recipe["seconds"], 0.1, 3600), check("--mel-std", recipe["mel_std"], 1e-6, 1e6)
     check("--accumulate", args.accumulate, 1, 10 ** 6), check("--frames", recipe["frames"], 1, 4096)
     check("--log-every", args.log_every, 1, 10 ** 9), check("--save-every", args.save_every, 1, 10 ** 9)
-    check("--max-bad", args.max_bad, 0, 1), check("--seed", args.seed, 0, 2 ** 31)
+    check("--workers", args.workers or 0, 0, 1024), check("--max-bad", args.max_bad, 0, 1), check("--seed", args.seed, 0, 2 ** 31)
     args.out = args.out or f"runs/{METHOD}-{args.data}-seed{args.seed}"
     return args, recipe
 
@@ -99,6 +99,7 @@ def get_args(argv=None):
 
 def plan_views(rng, duration, seconds, local):
     """2 global views (audio and video) and 2 local ones, each with a start of its own; audio and video of a view share it."""
+    # unspecified: a clip that lacks a stream keeps its views, with silence or black in its place; the log counts them
     def view(crop, video=True, audio=True):
         return data.View(rng.uniform(0, max(0.0, duration - seconds)), seconds, crop if video else None, audio)
 
@@ -178,21 +179,24 @@ def invariance(z, num_global=2):
 def main(argv=None):
     args, recipe = get_args(argv)
     process = common.start_process(args.device)
+    if recipe["batch_size"] < 2 * process.world * args.accumulate:
+        raise UserError(f"--batch-size {recipe['batch_size']}: less than 2 clips for each of {process.world} processes x {args.accumulate} "
+                        "micro-batches; raise it")
+    inputs = make_inputs(recipe)
+    config = encoder_config(recipe, inputs, args.checkpoint_activations)
+    common.seed_step(args.seed, 0)
+    model = AVJEPA(config, recipe["projector"], recipe["lam"], recipe["slices"]).to(process.device)
+    optimizer = torch.optim.AdamW(common.weight_decay_groups(model, recipe["weight_decay"]))    # unspecified: what decays
+
     if args.data == "toy" and process.main:
         data.list_clips("toy", args.data_dir)                                       # rank 0 writes the clips, the others wait
     process.barrier()
     listing = data.list_clips(args.data, args.data_dir)
-    steps = recipe["steps"] or max(1, round(recipe["epochs"] * (len(listing) // recipe["batch_size"])))
-    inputs = make_inputs(recipe)
-    config = encoder_config(recipe, inputs, args.checkpoint_activations)
-
-    common.seed_step(args.seed, 0)
-    model = AVJEPA(config, recipe["projector"], recipe["lam"], recipe["slices"]).to(process.device)
-    optimizer = torch.optim.AdamW(common.weight_decay_groups(model, recipe["weight_decay"]))    # unspecified: no decay on vectors
+    recipe["steps"] = steps = recipe["steps"] or max(1, round(recipe["epochs"] * (len(listing) // recipe["batch_size"])))
     found, start = common.open_run(args, METHOD, recipe, process), 0
     if found:
         common.load_weights(model, found["model"], args.out)
-        optimizer.load_state_dict(found["optimizer"])
+        common.load_optimizer(optimizer, found["optimizer"], args.out)
         start = found["step"]
     workers = common.default_workers(process) if args.workers is None else args.workers
     clips = data.Clips(listing, inputs, functools.partial(plan_views, seconds=recipe["seconds"], local=args.local), args.seed)
@@ -244,7 +248,8 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % args.log_every == 0 or step + 1 == steps:
-            (std, rank), count, seconds = common.health(parts["z"]), step + 1 - logged, time.time() - began
+            std, rank = common.health(common.gather_ranks(parts["z"]))
+            count, seconds = step + 1 - logged, time.time() - began
             log.write({"step": step, "loss": loss.item(), "invariance": parts["invariance"].item(), "sigreg": parts["sigreg"].item(),
                        "sigreg/N": parts["sigreg"].item() / (recipe["batch_size"] / args.accumulate), "embedding_std": std,
                        "effective_rank": rank, "grad_norm": grad_norm.item(), "lr": lr, "ms_data": 1e3 * data_s / count,

@@ -246,6 +246,16 @@ def ema_update(target, online, tau):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 
+@torch.no_grad()
+def gather_ranks(x):
+    """(N, D) of each process -> (sum of N, D), without gradient."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 def mean_over_ranks(x):
     """The mean over the processes, with the gradient of this rank's own term: DDP averages the gradients afterwards, which
     makes the sum exact. A plain all_reduce is recorded by autograd on gloo, and the gradient is then a world size too small."""
@@ -273,14 +283,14 @@ def sigreg(z, step, num_slices=2048, knots=17, t_max=5.0):
 
 
 def warmup_cosine(step, steps, warmup, peak, start=0.0, end=0.0):
-    """Linear from `start` to `peak` in `warmup` steps, then half a cosine to `end` at the last step."""
+    """Linear from `start` to `peak` in `warmup` steps, then half a cosine from `peak` to `end` at the last step."""
     if step < warmup:
         return start + (peak - start) * (step + 1) / warmup
     return cosine(step - warmup, steps - warmup, peak, end)
 
 
 def cosine(step, steps, start, end):
-    """Half a cosine from `start` at step 0 to `end` at step steps - 1."""
+    """Half a cosine from `start` at step 0 to `end` at step steps - 1 (a single step stays at `start`)."""
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, step / max(1, steps - 1)))) / 2
 
 
@@ -295,10 +305,11 @@ def health(z):
 
 
 def weight_decay_groups(module, weight_decay):
-    """AdamW groups: decay on matrices, none on biases, norms and other vectors."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    flat = [p for p in params if p.squeeze().ndim < 2]
-    return [{"params": [p for p in params if p.squeeze().ndim >= 2], "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
+    """AdamW groups: decay on the weights of linear maps and convolutions, none on biases, norms, positions and learned tokens."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if name.endswith("weight") and p.ndim >= 2]
+    spared = [p for name, p in named if not (name.endswith("weight") and p.ndim >= 2)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,18 +333,21 @@ class Process:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def wrap(self, model):
-        """DistributedDataParallel under torchrun, the model itself otherwise."""
+        """DistributedDataParallel under torchrun, the model itself otherwise. Keep it: gradients are averaged while it lives."""
         if not dist.is_initialized():
             return model
         return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def any(self, flag):
         """True on all ranks if it is True on one."""
-        if self.world == 1:
-            return bool(flag)
-        flag = torch.tensor(float(bool(flag)), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return bool(flag) if self.world == 1 else bool(self.largest(int(bool(flag))))
+
+    def largest(self, value):
+        """The largest of the ranks' integers."""
+        value = torch.tensor(value, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value.item())
 
     def barrier(self):
         if dist.is_initialized():
@@ -351,14 +365,14 @@ def start_process(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type == "cuda" and "RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device}: this machine or this torch does not have it; use cpu, mps, cuda or auto") from None
     if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **({"device_id": device} if device.type == "cuda" else {}))
+        dist.init_process_group(**({"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}))
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:                                               # elsewhere bf16 is emulated, and slower than float32
@@ -374,7 +388,8 @@ def seed_step(seed, step, rank=0):
 
 
 class StopSignal:
-    """True once SIGTERM or Ctrl-C came: the loop then ends the step, saves and says how to go on. A second one is not caught."""
+    """True once SIGTERM or Ctrl-C came: the loop then ends the step, saves and says how to go on. A second Ctrl-C is not caught; a
+    second SIGTERM is, since SLURM and torchrun each send one."""
     def __init__(self):
         self.came = False
         try:
@@ -384,7 +399,8 @@ class StopSignal:
 
     def catch(self, number, frame):
         self.came = True
-        self.release()
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def release(self):
         """Handle signals as before: the loop is over."""
@@ -414,7 +430,7 @@ def main_guard(main):
 def code_version():
     """The version, and the commit where there is one."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5,
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5,
                                 cwd=Path(__file__).parent).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = ""
@@ -425,7 +441,10 @@ def save_checkpoint(path, **content):
     """Write to a temporary name, then rename: whoever is killed in between leaves the old file whole."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    torch.save({"version": code_version(), **content}, temporary)
+    with open(temporary, "wb") as f:
+        torch.save({"version": code_version(), **content}, f)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
@@ -474,13 +493,22 @@ class FrozenEncoder(nn.Module):
         return super().train(False)                     # frozen: no dropout, whoever calls .train() around it
 
 
+def load_optimizer(optimizer, state, path):
+    """load_state_dict, with a sentence where the parameter groups are others."""
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError:
+        raise UserError(f"{path}: its optimiser state is of another version of the code; give another --out, or --fresh") from None
+
+
 def load_encoder(path, device="cpu", untrained=False, absent=None):
     """The encoder of a checkpoint of any method, frozen. untrained: the same architecture as it was initialised, with the run's
     seed, as a baseline. absent: 'zero' or 'drop', if other than it was trained with."""
     content = load_checkpoint(path)
-    seed_step(content["args"]["seed"], 0)
-    vit = ViT(**content["encoder"])
-    projector = mlp(vit.dim, content["projector"]) if content.get("projector") else None
+    with torch.random.fork_rng(devices=[]):             # the caller's random stream stays as it was
+        seed_step(content["args"]["seed"], 0)
+        vit = ViT(**content["encoder"])
+        projector = mlp(vit.dim, content["projector"]) if content.get("projector") else None
     for module, name in ((vit, content["weights"]), (projector, "projector")):
         if module is not None and not untrained:
             load_weights(module, {k[len(name) + 1:]: v for k, v in content["model"].items() if k.startswith(name + ".")}, path)
@@ -495,21 +523,25 @@ def load_encoder(path, device="cpu", untrained=False, absent=None):
 def open_run(args, method, recipe, process):
     """Make the run's folder and say where to go on: the checkpoint found there, or None.
 
-    args: out, resume, fresh. A run with other recipe values than the ones asked for is refused, not overwritten."""
+    args: out, resume, fresh. A run with other recipe values than the ones asked for is refused, not overwritten. Under torchrun
+    all processes must see the same folder."""
     out = Path(args.out)
     found = None
     if not args.fresh:
         file = out / "latest.pt" if args.resume == "auto" else Path(args.resume)
         if file.exists() or args.resume != "auto":
             found = load_checkpoint(file, method)
-            other = [f"{k} {found['recipe'].get(k)} (now {v})" for k, v in recipe.items() if found["recipe"].get(k) != v]
+            before = found.get("recipe", {})
+            other = [f"{k} {before.get(k)} (now {v})" for k, v in recipe.items() if before.get(k) != v]
             if other:
                 raise UserError(f"{file}: the run there has {', '.join(other)}; give another --out, or --fresh to start over")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
-    process.barrier()
+    step = found["step"] if found else 0
+    if process.any(step != process.largest(step)):
+        raise UserError(f"--out {out}: the processes find different checkpoints there; it must lie on a file system that all nodes share")
     return found
 
 
@@ -563,7 +595,7 @@ def draw_curves(out, names, title):
 def common_flags(parser, method):
     """The flags that all four scripts share, with the same meaning."""
     add = parser.add_argument
-    add("--data", default="toy", help="toy, audioset, audioset-20k, audioset-full, vggsound or folder (default: toy)")
+    add("--data", default="toy", help="toy, audioset, audioset-20k, audioset-full, vggsound or folder")
     add("--data-dir", help="folder with the clips and the csv files (toy: where to write them)")
     add("--out", help=f"folder of the run (default: runs/{method}-DATA-seedSEED)")
     add("--recipe", choices=("toy", "paper"), help="values of the table at the top (default: toy for --data toy, else paper)")

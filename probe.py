@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+FROZEN_LRS = (1e-3, 1e-2, 1e-1, 1.0)                    # authors' code: 1e-3; each is tried on held-out clips of train
 MODALITIES = {"audio": ("audio",), "video": ("video",), "av": ("video", "audio")}
 
 
@@ -194,9 +195,10 @@ def probe_cached(kind, x, y, x_test, y_test, classes, lrs, epochs, batch, seed, 
     return {"metric": name, "value": value, "classes": counted, "lr": lrs[best], "held_out": scores[best]}
 
 
-def enough_epochs(epochs, clips, batch):
-    """The paper's number of epochs, but at least 600 steps: a small set would otherwise end before a head is trained."""
-    return max(epochs, math.ceil(600 / max(1, math.ceil(clips / batch))))
+def enough_epochs(clips, batch, epochs=15, steps=2000):
+    """The paper's number of epochs, but at least `steps` steps: on a small set a head would else end half trained, and that of
+    an untrained encoder, whose features are badly conditioned, more so than the others."""
+    return max(epochs, math.ceil(steps / max(1, math.ceil(clips / batch))))
 
 
 class Online(nn.Module):
@@ -234,9 +236,7 @@ def probe_online(kind, encoder, modality, train, test, y, y_test, inputs, proces
     model = Online(encoder, [HEADS[kind](encoder.dim, classes) for _ in lrs], modality, frozen).to(process.device)
     groups = [{"params": list(head.parameters()), "peak": lr, "weight_decay": 0.0} for head, lr in zip(model.heads, lrs)]
     if not frozen:
-        vectors = [p for p in model.vit.parameters() if p.squeeze().ndim < 2]
-        matrices = [p for p in model.vit.parameters() if p.squeeze().ndim >= 2]
-        groups += [{"params": p, "peak": 0.05 * lrs[0], "weight_decay": wd} for p, wd in ((matrices, 0.05), (vectors, 0.0))]
+        groups += [{**group, "peak": 0.05 * lrs[0]} for group in common.weight_decay_groups(model.vit, 0.05)]
     optimizer = torch.optim.AdamW(groups)
     per_epoch = max(1, len(inner) // args.batch_size)
     steps = max(1, args.epochs * per_epoch)
@@ -302,8 +302,8 @@ def toy_report(run, data_dir, process, workers):
     x_test, index_test, _ = extract(encoders, test, inputs, modalities, 4, process, workers, label="features (test)")
     y, y_test = train.targets(index), test.targets(index_test)
     for name, m in tqdm(x, desc="linear probes", unit="probe"):
-        result = probe_cached("linear", x[name, m], y, x_test[name, m], y_test, len(train.classes), (1e-4, 1e-3, 1e-2),
-                              enough_epochs(15, len(y), 128), 128, seed)
+        result = probe_cached("linear", x[name, m], y, x_test[name, m], y_test, len(train.classes), FROZEN_LRS,
+                              enough_epochs(len(y), 256), 256, seed)
         table.setdefault(name, {})[m] = result["value"]
     chance = {m: 100 * y_test.bincount().max().item() / len(y_test) for m in modalities}
     chance.update({way: table["trained"]["chance"] for way in ("A->V", "V->A") if way in table["trained"]})
@@ -311,7 +311,8 @@ def toy_report(run, data_dir, process, workers):
 
     print(f"\nheld-out toy clips, percent     linear probe (N = {len(y_test)})" + "".join(
         f"    {way} (N = {table['trained']['N']})         " for way in ("A->V", "V->A") if "av" in modalities))
-    columns = [(m,) for m in modalities] + [(way, k) for way in ("A->V", "V->A") for k in ("R@1", "R@10", "class R@1") if "av" in modalities]
+    columns = [(m,) for m in modalities]
+    columns += [(way, k) for way in ("A->V", "V->A") for k in ("R@1", "R@10", "class R@1") if "av" in modalities]
     print(" " * 12 + "".join(f"{c[-1]:>11s}" for c in columns))
     for name, row in table.items():
         values = [row.get(c[0]) if len(c) == 1 else row.get(c[0], {}).get(c[1]) for c in columns]
@@ -335,9 +336,9 @@ def main(argv=None):
     add("--modality", choices=tuple(MODALITIES), default="av")
     add("--baseline", choices=("untrained", "raw"), help="instead of the trained encoder: as it was initialised, or the input itself")
     add("--absent", choices=("zero", "drop"), help="if other than in training")
-    add("--epochs", type=int, help="default: 15 frozen (and at least 600 steps), 13 fine-tuned")
+    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps), 13 fine-tuned")
     add("--batch-size", type=int, help="default: 512 frozen, 64 fine-tuned")
-    add("--lr", type=float, nargs="+", help="tried on a held-out tenth of train; default: 1e-4 1e-3 1e-2 frozen, 2e-4 fine-tuned")
+    add("--lr", type=float, nargs="+", help="tried on a held-out tenth of train; default: 1e-3 1e-2 1e-1 1 frozen, 2e-4 fine-tuned")
     add("--views", type=int, help="test views that are averaged; default: 4 frozen, 6 fine-tuned")
     add("--cache-gb", type=float, default=4.0, help="an attentive probe caches its tokens up to this size, else it decodes anew")
     add("--workers", type=int, help="processes that decode")
@@ -345,11 +346,12 @@ def main(argv=None):
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     finetune = args.probe == "finetune"
-    # Authors' code: frozen 15 epochs, batch 512, lr 1e-3, 4 test clips; fine-tuned lr 2e-4, 6 test clips, 13 epochs (seed).
-    args.lr = args.lr or ([2e-4] if finetune else [1e-4, 1e-3, 1e-2])
+    # Authors' code: frozen 15 epochs, batch 512, 4 test clips; fine-tuned lr 2e-4, 6 test clips; 13 epochs (seed).
+    args.lr = args.lr or ([2e-4] if finetune else list(FROZEN_LRS))
     args.views, args.batch_size = args.views or (6 if finetune else 4), args.batch_size or (64 if finetune else 512)
     check = common.check_range
     check("--epochs", args.epochs or 1, 1, 10 ** 6), check("--batch-size", args.batch_size, 2, 10 ** 6)
+    check("--workers", args.workers or 0, 0, 1024)
     check("--views", args.views, 1, 1000), check("--cache-gb", args.cache_gb, 0, 10 ** 6), [check("--lr", lr, 0, 10) for lr in args.lr]
     began, process = time.time(), common.start_process(args.device)
     if process.world > 1:
@@ -374,12 +376,12 @@ def main(argv=None):
         result = probe_online(kind, encoder, args.modality, train, test, y, y_test, inputs, process, workers, args, not finetune)
     else:
         encoders = {"it": RawInput() if args.baseline == "raw" else encoder}
-        extract_from = functools.partial(extract, encoders, inputs=inputs, modalities=[args.modality], process=process, workers=workers,
-                                         tokens=args.probe == "attentive")
+        extract_from = functools.partial(extract, encoders, inputs=inputs, modalities=[args.modality], process=process,
+                                         workers=workers, tokens=args.probe == "attentive")
         x, index, _ = extract_from(train, views=2, label="features (train)")
         x_test, index_test, _ = extract_from(test, views=args.views, label="features (test)")
         batch = min(args.batch_size, max(2, len(index) // 8))
-        epochs = args.epochs or enough_epochs(15, len(index), batch)
+        epochs = args.epochs or enough_epochs(len(index), batch)
         x, x_test = x["it", args.modality], x_test["it", args.modality]
         result = {**probe_cached(kind, x, y[index], x_test, y_test[index_test], len(train.classes), args.lr, epochs, batch, args.seed,
                                  process.device, progress=True), "N": len(index_test)}
@@ -389,7 +391,7 @@ def main(argv=None):
            "seconds": round(time.time() - began, 1)}
     with open(run / "probe.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
-    print(f"{args.data} {args.probe} {args.modality}{' ' + args.baseline if args.baseline else ''}: {result['metric']} {result['value']:.1f} "
+    print(f"{args.data}, {args.probe}, {args.modality}, {args.baseline or 'trained'}: {result['metric']} {result['value']:.1f} "
           f"(N = {result['N']:,}, {result['classes']} classes counted, lr {result['lr']:g}, {row['seconds']} s)")
 
 

@@ -170,6 +170,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.query) == bool(args.data) or bool(args.query) != bool(args.folder):
         raise UserError("give either --data SET, or --query FILE with --folder DIR")
+    common.check_range("--workers", args.workers or 0, 0, 1024)
     common.check_range("--views", args.views, 1, 1000), common.check_range("--top", args.top, 1, 10 ** 6)
     began, process = time.time(), common.start_process(args.device)
     workers = common.default_workers(process) if args.workers is None else args.workers

@@ -54,7 +54,9 @@ class StopAfter:
 def run(toy, tmp_path_factory):
     """A finished run of four steps, with its evaluation."""
     out = tmp_path_factory.mktemp("run")
-    avjepa_lejepa.main(flags(toy, out, "--steps", 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "enough_epochs", lambda clips, batch: 20)
+        avjepa_lejepa.main(flags(toy, out, "--steps", 4))
     return out
 
 
@@ -192,7 +194,9 @@ BAD = {
     "lr": (["--lr", "-1"], "out of range"),
     "steps": (["--steps", "-3"], "out of range"),
     "device": (["--device", "cuda:99"], "does not have it"),
-    "accumulate": (["--accumulate", "3"], "not divisible"),
+    "accumulate": (["--batch-size", "8", "--accumulate", "3"], "not divisible"),
+    "one clip": (["--accumulate", "4"], "less than 2 clips"),
+    "workers": (["--workers", "-1"], "--workers -1 is out of range"),
 }
 
 
@@ -200,8 +204,8 @@ BAD = {
 def test_bad_input_ends_in_one_sentence(toy, tmp_path, name):
     bad, sentence = BAD[name]
     with pytest.raises(common.UserError, match=sentence) as error:
-        avjepa_lejepa.main([*flags(toy, tmp_path / "run"), "--steps", "2", *bad] if "--data" not in bad else
-                           ["--out", str(tmp_path / "run"), *TINY, *bad])
+        avjepa_lejepa.main([*(flags(toy, tmp_path / "run", "--steps", 2) if "--data" not in bad else ["--out", str(tmp_path / "run"), *TINY]),
+                            *bad])
     assert "\n" not in str(error.value) and not (tmp_path / "run" / "latest.pt").exists()
 
 

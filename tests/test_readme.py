@@ -14,7 +14,8 @@ import data
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
-COMMANDS = list(dict.fromkeys(line.split(" #")[0].strip() for line in BLOCKS.splitlines() if re.match(r"(python|torchrun) ", line)))
+LINES = [line.split(" #")[0].split("&&")[-1].strip().removeprefix(".venv/bin/") for line in BLOCKS.splitlines()]
+COMMANDS = list(dict.fromkeys(line for line in LINES if re.match(r"(python|torchrun) ", line)))
 TRAIN = "--steps 2 --batch-size 4 --recipe toy --workers 1 --log-every 1"
 SHRINK = {"avjepa_lejepa.py": TRAIN, "probe.py": "--epochs 1 --batch-size 4 --views 1 --workers 1", "retrieval.py": "--views 1 --workers 1",
           "data.py": "--workers 1"}
@@ -47,25 +48,31 @@ def place(toy, tmp_path_factory):
 
 
 def test_the_readme_has_the_commands_that_a_newcomer_needs():
-    for start in ("python avjepa_lejepa.py", "torchrun --nproc_per_node=8 avjepa_lejepa.py --data audioset", "torchrun --nnodes", "python probe.py",
-                  "python retrieval.py", "python data.py", "python -m pytest"):
+    for start in ("python avjepa_lejepa.py", "torchrun --nproc_per_node=8 avjepa_lejepa.py --data audioset", "torchrun --nnodes",
+                  "python probe.py", "python retrieval.py", "python data.py", "python -m pytest"):
         assert any(command.startswith(start) for command in COMMANDS), start
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c and " venv " not in c])
+def test_two_commands_do_all_the_set_up():
+    first, second = re.findall(r"^python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && (.*)$", BLOCKS, re.M)
+    assert first == ".venv/bin/python avjepa_lejepa.py" and second == ".venv/bin/python -m pytest -q"
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c])
 def test_command_of_the_readme_runs(place, command):
     words = shlex.split(command)
     script = next(word for word in words if word.endswith(".py"))
     words[words.index(script)] = str(ROOT / script)
     if words[0] == "torchrun":
-        words = [w.replace("=8", "=2").replace("nnodes=4", "nnodes=1").replace("HOST:29500", f"localhost:{20000 + os.getpid() % 20000}") for w in words]
+        port = 20000 + os.getpid() % 20000
+        words = [w.replace("=8", "=2").replace("nnodes=4", "nnodes=1").replace("HOST:29500", f"localhost:{port}") for w in words]
         words[0:1] = [sys.executable, "-m", "torch.distributed.run"]
     else:
         words[0] = sys.executable
     run = re.search(r"--ckpt (\S+)", command)
     if run and not (place / run[1] / "latest.pt").exists():
-        subprocess.run([sys.executable, str(ROOT / "avjepa_lejepa.py"), "--out", run[1], *TRAIN.split()], cwd=place, check=True,
-                       capture_output=True)
+        subprocess.run([sys.executable, str(ROOT / "avjepa_lejepa.py"), "--data", "folder", "--data-dir", "clips", "--out", run[1],
+                        *TRAIN.split()], cwd=place, check=True, capture_output=True)
     words += SHRINK[script].split()
     if "avjepa_lejepa" in script and "--out" not in command:
         words += ["--fresh"]
@@ -78,7 +85,12 @@ def test_command_of_the_readme_runs(place, command):
 
 def test_the_five_lines_of_the_readme_run(place):
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    out = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = place / "runs" / "avjepa_lejepa-toy-seed0"
+    if not run.exists():
+        subprocess.run([sys.executable, str(ROOT / "avjepa_lejepa.py"), "--data", "folder", "--data-dir", "clips", "--out", str(run),
+                        *TRAIN.split()], cwd=place, check=True, capture_output=True)
+    out = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert out.returncode == 0, out.stderr[-2000:]
 
 

@@ -412,9 +412,12 @@ class StopSignal:
 
 
 def main_guard(main):
-    """Run a script's main(): bad input ends with its sentence and exit code 2."""
+    """Run a script's main(): bad input ends with its sentence and exit code 2, a signal that nobody handles without a traceback."""
     try:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,7 @@ timestamps. From top to bottom: read a clip, turn it into tensors, list a data s
     python data.py --data vggsound --data-dir vggsound/ --check       # what is there, missing, unreadable
     python data.py --data folder --data-dir clips/ --stats            # mean and std of the mel, for --mel-mean/--mel-std
 """
-import argparse, csv, functools, hashlib, json, os, shutil, signal, tempfile
+import argparse, atexit, csv, functools, hashlib, json, multiprocessing, os, shutil, signal, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -516,6 +516,14 @@ def one_thread(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register
+def end_workers():
+    """End the workers that are left, by SIGKILL since they ignore SIGTERM: Python would wait for them at its exit."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+
+
 def train_loader(clips, batches, workers, pin=False):
     """Batches of a Clips data set, decoded by `workers` processes (0: in this one)."""
     return DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=one_thread,
@@ -721,6 +729,7 @@ def make_toy(folder):
             folder.rmdir()
         part.rename(folder)
     except BaseException:
+        end_workers()                                           # they would go on writing
         shutil.rmtree(part, ignore_errors=True)
         raise
 

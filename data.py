@@ -671,7 +671,8 @@ def write_clip(path, frames=None, wave=None, fps=12, sample_rate=16000, bit_rate
     """Write an mp4 with H.264 and AAC. frames (T, H, W, 3) uint8, wave (samples,) or (channels, samples) float in [-1, 1]."""
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         if frames is not None:
-            video = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "tune": "fastdecode", "crf": "20"})
+            video = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "tune": "fastdecode", "crf": "20",
+                                                                           "x264-params": "mbtree=0"})     # mbtree is not repeatable
             video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
             video.codec_context.thread_count = 1
         if wave is not None:

@@ -7,7 +7,7 @@ timestamps. From top to bottom: read a clip, turn it into tensors, list a data s
     python data.py --data vggsound --data-dir vggsound/ --check       # what is there, missing, unreadable
     python data.py --data folder --data-dir clips/ --stats            # mean and std of the mel, for --mel-mean/--mel-std
 """
-import argparse, atexit, csv, functools, hashlib, json, multiprocessing, os, shutil, signal, tempfile
+import argparse, atexit, csv, functools, hashlib, json, math, multiprocessing, os, shutil, signal, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -72,13 +72,14 @@ def _read_windows(path, plan, num_frames, size, sample_rate):
         wanted = sorted((start + (i + 0.5) * seconds / num_frames, w, i)
                         for w, (start, seconds) in enumerate(video_windows) for i in range(num_frames))
         first = min([start for start, _ in video_windows + audio_windows], default=0.0)
-        sound_end = max([start + seconds for start, seconds in audio_windows], default=0.0)
-        if first > 2.0 and chosen:                                      # seeking pays only past a few key frames
-            container.seek(int((first - 0.5 + origin) * av.time_base), backward=True)
+        video_end, sound_end = (max([start + seconds for start, seconds in w], default=0.0) for w in (video_windows, audio_windows))
+        if first > 2.0 and chosen and container.format.name != "mpegts":        # it has no index of its key frames
+            container.seek(int((min(first, duration or first) - 0.5 + origin) * av.time_base), backward=True)
 
         reformatter = av.video.reformatter.VideoReformatter()
         to_float = av.AudioResampler(format="fltp")
-        pictures, shown, k, end_of_video = {}, None, 0, -1.0            # shown: the frame on screen, and its picture
+        pictures, shown, k = {}, None, 0                                # shown: the frame on screen, and its picture
+        video_span = [math.inf, -math.inf]                              # when the first frame came, and when the last one goes
         sound, rate, sound_start, sound_time = [], None, 0.0, 0.0
         video_open, audio_open = video in chosen, audio in chosen
         for s in chosen:
@@ -99,8 +100,8 @@ def _read_windows(path, plan, num_frames, size, sample_rate):
                             shown[1] = _picture(shown[0], size, reformatter)
                         pictures[wanted[k][1:]] = shown[1]
                         k += 1
-                    shown, end_of_video = [frame, None], time + float(1 / (video.average_rate or 10))
-                    video_open = k < len(wanted)
+                    shown, video_span = [frame, None], [min(video_span[0], time), time + float(1 / (video.average_rate or 10))]
+                    video_open = k < len(wanted) or video_span[1] < video_end - 0.1
                 elif audio_open:
                     if rate is None:
                         rate, sound_start, sound_time = frame.sample_rate, time, time
@@ -122,11 +123,11 @@ def _read_windows(path, plan, num_frames, size, sample_rate):
     if not streams or chosen and not (pictures or sound):
         raise ClipError(f"{path}: nothing in it decodes (no video frame, no sound)")
     blank = np.zeros((size, size, 3), np.uint8)
-    waves, short = [], bool(pictures) and end_of_video < max(start + seconds for start, seconds in video_windows) - 0.1
+    waves, short = [], bool(pictures) and (video_span[0] > min(video_windows)[0] + 0.1 or video_span[1] < video_end - 0.1)
     if sound:
         wave = torch.from_numpy(np.concatenate(sound, 1).mean(0))       # FFmpeg's own down-mix would be 3 dB louder
         wave = torchaudio.functional.resample(wave, rate, sample_rate).numpy()
-        short = short or sound_start + len(wave) / sample_rate < sound_end - 0.1
+        short |= sound_start > min(audio_windows)[0] + 0.1 or sound_start + len(wave) / sample_rate < sound_end - 0.1
     for start, seconds in audio_windows:
         out = np.zeros(round(seconds * sample_rate), np.float32)
         if sound:
@@ -143,7 +144,13 @@ def _picture(frame, size, reformatter):
     scale = size / min(frame.width, frame.height)
     frame_rgb = reformatter.reformat(frame, max(size, round(frame.width * scale)), max(size, round(frame.height * scale)),
                                      "rgb24", threads=1)
-    return np.ascontiguousarray(np.rot90(frame_rgb.to_ndarray(), k=round(frame.rotation / 90)))
+    picture, matrix = frame_rgb.to_ndarray(), frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:                                              # a phone held upright, or its front camera's mirror
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]             # a point (x, y) is shown at (a x + c y, b x + d y)
+        turned = abs(b) > abs(a)
+        picture = picture.transpose(1, 0, 2) if turned else picture
+        picture = picture[::-1 if (b if turned else d) < 0 else 1, ::-1 if (c if turned else a) < 0 else 1]
+    return np.ascontiguousarray(picture)
 
 
 def read_clip(path, start=0.0, seconds=10.0, num_frames=16, size=224, sample_rate=16000):
@@ -370,9 +377,9 @@ def list_clips(name, folder=None, split="train"):
     """The clips of `name` that lie under `folder`. split: 'train' or 'test' (a folder also: 'all'). Raises UserError with what to do."""
     if name not in NAMES:
         raise UserError(f"--data {name}: not a data set; one of {', '.join(NAMES)}")
-    folder = Path(folder or (toy_folder() if name == "toy" else ""))
-    if name != "toy" and (not str(folder) or str(folder) == "."):
+    if name != "toy" and not folder:
         raise UserError(f"--data {name} needs --data-dir, the folder with the clips and the csv files")
+    folder = Path(folder or toy_folder())
     if name == "toy":
         make_toy(folder)
     if not folder.is_dir():
@@ -415,8 +422,11 @@ def _rows(path):
     """Rows of a csv, without the comments and the empty ones."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; put the data set's csv there")
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = [row for row in csv.reader(f, skipinitialspace=True) if row and not row[0].startswith("#")]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = [row for row in csv.reader(f, skipinitialspace=True) if row and not row[0].startswith("#")]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: cannot be read as a csv in UTF-8 ({e})") from None
     if not rows:
         raise UserError(f"{path}: the csv is empty")
     return rows
@@ -441,8 +451,9 @@ def _list_audioset(name, folder, split):
 def _list_vggsound(name, folder, split):
     if (folder / "vggsound.csv").is_file():
         rows = _rows(folder / "vggsound.csv")
-        if any(len(row) != 4 for row in rows):
-            raise UserError(f"{folder / 'vggsound.csv'}: a row does not have the four fields id, start, label, split")
+        rows = rows[rows[0][1:2] == ["start"]:]                        # the list has no header, but some copies do
+        if any(len(row) != 4 or not row[1].strip().isdigit() for row in rows):
+            raise UserError(f"{folder / 'vggsound.csv'}: a row does not have the four fields id, start (whole seconds), label, split")
         names = {row[2] for row in rows}
         rows = [(f"{row[0]}_{int(row[1]):06d}", row[2]) for row in rows if row[3].strip() == split]
     else:

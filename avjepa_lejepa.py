@@ -31,7 +31,7 @@ RECIPE = {
     # name           paper                 toy             source of the paper's value
     "size":         ("base",               "toy",          "seed: ViT-Base"),
     "seconds":      (8.0,                  2.0,            "code: length of a view"),
-    "frames":       (16,                   8,              "code: spread evenly over the view, by timestamps"),
+    "frames":       (16,                   8,              "code"),    # differs: over 8 s, by timestamps; theirs step 12 at 25 fps
     "image":        (224,                  48,             "code"),
     "resize":       (256,                  48,             "code: short side, before the crop"),
     "crop_scale":   ((0.4, 1.0),           (0.7, 1.0),     "code: random resized crop of a local video view (toy: size is a cause)"),
@@ -39,7 +39,7 @@ RECIPE = {
     "n_mels":       (128,                  64,             "code: 16 kHz, n_fft 400, Hamming 400, dB"),
     "hop":          (160,                  320,            "code: samples from one mel frame to the next"),
     "mel_patch":    ((16, 16),             (16, 16),       "code: 128 x 801 -> 8 x 50 = 400 audio tokens (seed)"),
-    "dropout":      (0.1,                  0.0,            "code"),
+    "dropout":      (0.1,                  0.0,            "code"),    # unspecified: where; here not on attention weights
     "projector":    ((2048, 2048, 128),    (512, 512, 16), "code: BatchNorm and GELU between the layers"),
     "lam":          (0.05,                 0.05,           "code"),
     "slices":       (2048,                 512,            "code"),

@@ -269,7 +269,8 @@ def mean_over_ranks(x):
 def sigreg(z, step, num_slices=2048, knots=17, t_max=5.0):
     """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): the Epps-Pulley statistic of z (N, D) along random
     directions, against a standard Gaussian. Scalar: ~1.06 for a Gaussian batch of any N, .409 N when all embeddings are 0.
-    The directions come from `step`, the same on each rank. Float32, also under autocast."""
+    The directions come from `step`, the same on each rank."""
+    # differs: float32 throughout; the authors' matmul runs in bf16 under autocast
     with torch.autocast(z.device.type, enabled=False):
         z, n = z.float(), len(z) * (dist.get_world_size() if dist.is_initialized() else 1)
         A = torch.randn(z.shape[1], num_slices, generator=torch.Generator().manual_seed(step)).to(z.device)

@@ -537,8 +537,7 @@ def end_workers():
 
 def train_loader(clips, batches, workers, pin=False):
     """Batches of a Clips data set, decoded by `workers` processes (0: in this one)."""
-    return DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=one_thread,
-                      pin_memory=pin, prefetch_factor=4 if workers else None)
+    return DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=one_thread, pin_memory=pin)
 
 
 def eval_loader(listing, inputs, plan, batch, workers, seed=0):
@@ -793,8 +792,7 @@ def mel_stats(listing, inputs, workers, most):
     """(mean, std) of the mel in dB over the middle of at most `most` clips, drawn with seed 0; clips without sound are left out."""
     some = np.random.default_rng(0).permutation(len(listing))[:most]
     plain = Inputs(**{**inputs.__dict__, "mel_mean": 0.0, "mel_std": 1.0})
-    plan = functools.partial(even_views, 1, plain.seconds, video=False)
-    loader = eval_loader(listing.subset(np.sort(some)), plain, plan, 1, workers)
+    loader = eval_loader(listing.subset(np.sort(some)), plain, functools.partial(_middle_sound, plain.seconds), 1, workers)
     total = square = count = 0.0
     for batch in tqdm(loader, desc="stats", unit="clip"):
         if len(batch["index"]) and batch["has_audio"].all():
@@ -803,6 +801,11 @@ def mel_stats(listing, inputs, workers, most):
     if not count:
         raise UserError(f"--stats: no clip of {listing.name} has a sound that decodes")
     return total / count, max(square / count - (total / count) ** 2, 0.0) ** 0.5
+
+
+def _middle_sound(seconds, rng, duration):
+    """The middle of a clip, no longer than the clip: padding would shift the mean."""
+    return even_views(1, min(seconds, duration) if duration else seconds, rng, duration, video=False)
 
 
 def main(argv=None):

@@ -89,10 +89,12 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def clocks(tmp_path_factory):
-    """{name: path} of 8-second clock clips: one for each of RATES (the sound at 16, 44.1 or 48 kHz), and other containers."""
+    """{name: path} of 8-second clock clips: one for each of RATES (the sound at 16, 44.1 or 48 kHz), and two other containers,
+    whose timestamps begin at 7.3 seconds."""
     folder, sound = tmp_path_factory.mktemp("clocks"), {"24": 48000, "25": 16000, "29.97": 44100, "30": 48000}
     clips = {name: clock(folder / f"{name}.mp4", fps, rate=sound[name]) for name, fps in RATES.items()}
-    return clips | {end: clock(folder / f"25.{end}", RATES["25"], rate=44100) for end in ("mkv", "ts")}
+    late = dict(rate=44100, options={"output_ts_offset": "7.3"})
+    return clips | {end: clock(folder / f"25.{end}", RATES["25"], **late) for end in ("mkv", "ts")}
 
 
 @pytest.fixture(scope="session")

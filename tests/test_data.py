@@ -63,15 +63,27 @@ def test_a_seek_changes_nothing(clocks, name, start):
 @pytest.mark.parametrize("start", [0.0, 2.2, 5.0, 6.7])
 @pytest.mark.parametrize("name", [*RATES, "mkv", "ts"])
 def test_a_flash_and_a_click_are_found_at_the_same_time(clocks, name, start):
-    """Read from 0, or after a seek (start > 2); the mpeg-ts starts at another time than 0, so there only the two are compared."""
+    """Read from 0, or after a seek (start > 2). The mpeg-ts begins with the priming of its AAC, so its clock is a little late."""
     clip = data.read_clip(clocks[name], start, 1.0, 60, 48, 16000)
     flash = start + [read_flash(picture) for picture in clip["video"]].index(True) / 60          # to a 60th of a second
     click = start + click_time(clip["audio"]) - 0.0005                                           # it lasts a millisecond
     fps = RATES.get(name, RATES["25"])
     assert abs(flash - click) < 1 / fps
-    if name != "ts":
-        truth = min((round(m * fps) / fps for m in MOMENTS), key=lambda m: abs(m - start - 0.4))
-        assert abs(click - truth) < 0.001 and abs(flash - truth) <= 1 / 60
+    truth, late = min((round(m * fps) / fps for m in MOMENTS), key=lambda m: abs(m - start - 0.4)), 0.03 if name == "ts" else 0.0
+    assert -0.001 < click - truth < 0.001 + late and -1 / 60 <= flash - truth <= 1 / 60 + late
+
+
+def test_a_hole_in_the_sound_stays_a_hole(tmp_path):
+    with av.open(str(tmp_path / "hole.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for at in [*range(0, 16000, 1000), *range(24000, 48000, 1000)]:                                 # nothing from 1 to 1.5 s
+            frame = av.AudioFrame.from_ndarray(np.full((1, 1000), 0.5 if at < 40000 else -0.5, np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, at
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    wave = data.read_clip(tmp_path / "hole.mkv", 0, 3.0, 1, 16, 16000)["audio"]
+    for begin, end, level in ((0, 0.99, 0.5), (1.01, 1.49, 0.0), (1.51, 2.49, 0.5), (2.51, 3.0, -0.5)):
+        assert np.abs(wave[int(begin * 16000):int(end * 16000)] - level).max() < 1e-3, begin
 
 
 def amplitude_at(wave, frequency, rate=16000):
@@ -199,6 +211,15 @@ def test_a_stream_that_ends_early_is_padded_and_flagged(tmp_path):
             assert np.abs(late["audio"][:13000]).max() > 0.4 and not np.abs(late["audio"][16000:]).max() > 1e-3
         else:
             assert [read_number(picture) for picture in late["video"]] == [58, 71, 74, 74]
+
+
+@pytest.mark.parametrize("end", ["mp4", "mkv"])
+def test_a_window_after_the_end_of_the_sound_alone_is_flagged(tmp_path, end):
+    """The clip has sound, though none after a seek to the window: it is short, and not one without sound."""
+    write(tmp_path / f"early.{end}", [numbered(n) for n in range(200)], tone(1000, 2.5))
+    clip = data.read_clip(tmp_path / f"early.{end}", 5.03, 1.0, 4, 24)
+    assert clip["has_audio"] and clip["short"] and np.abs(clip["audio"]).max() < 1e-3
+    assert [read_number(picture) for picture in clip["video"]] == on_screen(25, 5.03, 1.0, 4)
 
 
 def test_several_windows_are_each_what_one_alone_would_be(clips):
@@ -605,7 +626,7 @@ def test_a_folder_of_folders_is_split_the_same_way_each_time(tmp_path):
     names = {f"{label}/{'deep/' * (i % 2)}{i:02d}.mp4": [label] for label in ("cat", "dog", "owl") for i in range(30)}
     touch(tmp_path / "one", *names), touch(tmp_path / "two", *reversed(names))
     train, test = (contents(data.list_clips("folder", tmp_path / "one", split)) for split in ("train", "test"))
-    assert not train.keys() & test.keys() and train | test == names
+    assert not train.keys() & test.keys() and train | test == names and list(train) == sorted(train)
     assert 5 <= len(test) <= 35 and {labels[0] for labels in test.values()} == {"cat", "dog", "owl"}        # one in five
     assert [contents(data.list_clips("folder", tmp_path / "two", split)) for split in ("train", "test")] == [train, test]
     (tmp_path / "one" / "cat" / "new.mp4").touch()                              # a new clip moves no other to the other side
@@ -979,8 +1000,9 @@ def test_check_counts_what_lies_in_a_folder(tmp_path, clips, capsys):
         "clips": 5, "missing": 0, "unreadable": 2, "no video": 1, "no audio": 1, "seconds": pytest.approx(24, abs=0.2)}
 
 
-def test_check_calls_no_clip_silent_whose_sound_ends_early(tmp_path, capsys):
-    write(tmp_path / "early.mp4", [numbered(n) for n in range(200)], tone(1000, 2.5))
+@pytest.mark.parametrize("end", ["mp4", "mkv"])
+def test_check_calls_no_clip_silent_whose_sound_ends_early(tmp_path, end):
+    write(tmp_path / f"early.{end}", [numbered(n) for n in range(200)], tone(1000, 2.5))
     assert data.check(data.list_clips("folder", tmp_path), 0)["no audio"] == 0
 
 

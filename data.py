@@ -47,7 +47,7 @@ def read_windows(path, plan, num_frames, size, sample_rate):
     zeros. Raises ClipError.
     """
     try:
-        return _read_windows(str(path), plan, num_frames, size, sample_rate)
+        return _read_windows(os.path.abspath(path), plan, num_frames, size, sample_rate)
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as e:
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise ClipError(f"{path}: does not decode ({reason})") from None
@@ -73,7 +73,8 @@ def _read_windows(path, plan, num_frames, size, sample_rate):
                         for w, (start, seconds) in enumerate(video_windows) for i in range(num_frames))
         first = min([start for start, _ in video_windows + audio_windows], default=0.0)
         video_end, sound_end = (max([start + seconds for start, seconds in w], default=0.0) for w in (video_windows, audio_windows))
-        if first > 2.0 and chosen and container.format.name != "mpegts":        # it has no index of its key frames
+        sought = first > 2.0 and bool(chosen) and container.format.name not in ("mpegts", "mpeg")   # no index of key frames there
+        if sought:
             container.seek(int((min(first, duration or first) - 0.5 + origin) * av.time_base), backward=True)
 
         reformatter = av.video.reformatter.VideoReformatter()
@@ -94,7 +95,7 @@ def _read_windows(path, plan, num_frames, size, sample_rate):
                     continue
                 time = frame.time - origin
                 if packet.stream.type == "video":
-                    while k < len(wanted) and wanted[k][0] < time:      # what was on screen until now
+                    while k < len(wanted) and wanted[k][0] < time - 1e-6:       # what was on screen until now
                         shown = shown or [frame, None]
                         if shown[1] is None:
                             shown[1] = _picture(shown[0], size, reformatter)
@@ -105,6 +106,9 @@ def _read_windows(path, plan, num_frames, size, sample_rate):
                 elif audio_open:
                     if rate is None:
                         rate, sound_start, sound_time = frame.sample_rate, time, time
+                    if sound and time > sound_end + 0.05:               # also a wrong timestamp, hours ahead
+                        audio_open = False
+                        continue
                     if time - sound_time > 0.05:                        # a hole in the stream stays a hole
                         sound.append(np.zeros((sound[-1].shape[0], int((time - sound_time) * rate)), np.float32))
                         sound_time = time
@@ -119,11 +123,13 @@ def _read_windows(path, plan, num_frames, size, sample_rate):
                 shown[1] = _picture(shown[0], size, reformatter) if shown[1] is None else shown[1]
                 pictures[tuple(place)] = shown[1]
 
-    has_video, has_audio = bool(pictures) if video_windows else video is not None, bool(sound) if audio_windows else audio is not None
+    has_video = bool(pictures) if video_windows else video is not None
+    has_audio = audio is not None and (bool(sound) or sought or not audio_windows)      # its sound may end before the place sought
     if not streams or chosen and not (pictures or sound):
         raise ClipError(f"{path}: nothing in it decodes (no video frame, no sound)")
     blank = np.zeros((size, size, 3), np.uint8)
     waves, short = [], bool(pictures) and (video_span[0] > min(video_windows)[0] + 0.1 or video_span[1] < video_end - 0.1)
+    short |= bool(audio_windows) and has_audio and not sound
     if sound:
         wave = torch.from_numpy(np.concatenate(sound, 1).mean(0))       # FFmpeg's own down-mix would be 3 dB louder
         wave = torchaudio.functional.resample(wave, rate, sample_rate).numpy()
@@ -266,7 +272,7 @@ class Clips(Dataset):
                     index = int(rng.integers(len(self)))
         finally:
             torch.set_num_threads(threads)
-        raise ClipError(f"20 clips in a row do not decode, the last: {bad[-1]}; look at the files with python data.py --check")
+        return {"bad": bad}                     # 20 clips in a row: Troubles says so in the training process
 
     def item(self, index, rng):
         views = []
@@ -287,14 +293,14 @@ class Clips(Dataset):
 
 def collate(items):
     """A list of items -> a batch: video (sum of Vv, 3, T, H, W), audio (sum of Va, 1, F, T), present (B, V, 2), index,
-    has_video, has_audio, short (each (B,)), and bad (messages)."""
+    has_video, has_audio, short (each (B,)), bad (messages) and lost (how many items hold no clip)."""
     bad = [message for item in items for message in item["bad"]]
-    items = [item for item in items if "index" in item]
+    lost, items = sum("index" not in item for item in items), [item for item in items if "index" in item]
     if not items:
-        return {"index": torch.zeros(0, dtype=torch.long), "bad": bad}
+        return {"index": torch.zeros(0, dtype=torch.long), "bad": bad, "lost": lost}
     batch = {key: torch.stack([x for item in items for x in item[key]]) for key in ("video", "audio")
              if any(item[key] for item in items)}
-    return {**batch, "present": torch.stack([item["present"] for item in items]), "bad": bad,
+    return {**batch, "present": torch.stack([item["present"] for item in items]), "bad": bad, "lost": lost,
             **{key: torch.tensor([item[key] for item in items]) for key in ("index", "has_video", "has_audio", "short")}}
 
 
@@ -531,8 +537,9 @@ def one_thread(worker):
 def end_workers():
     """End the workers that are left, by SIGKILL since they ignore SIGTERM: Python would wait for them at its exit."""
     for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join()
+        if worker.daemon:
+            worker.kill()
+            worker.join()
 
 
 def train_loader(clips, batches, workers, pin=False):
@@ -561,6 +568,8 @@ class Troubles:
             if message not in self.bad:
                 self.bad.add(message)
                 tqdm.write(f"bad clip: {message}")
+        if batch["lost"]:
+            raise UserError(f"20 clips in a row do not decode, the last: {batch['bad'][-1]}; look at the files with python data.py --check")
         if len(self.bad) > self.max_share * self.total:
             raise UserError(f"{len(self.bad)} of {self.total:,} clips do not decode, more than {self.max_share:.0%}: stopped; "
                             "look at the files with python data.py --check, or raise --max-bad")
@@ -736,12 +745,15 @@ def make_toy(folder):
             rows = list(tqdm(rows, desc=f"writing toy clips ({split})", unit="clip"))
             np.savez(part / split / "truth.npz", **{k: np.stack([np.asarray(row[k]) for row in rows]) for k in rows[0]})
         (part / "world.json").write_text(world)
+        part.chmod(0o755)                                       # mkdtemp's folder is its owner's alone
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
     except BaseException:
-        end_workers()                                           # they would go on writing
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            end_workers()                                       # they would go on writing
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         raise
 
 
@@ -805,7 +817,7 @@ def mel_stats(listing, inputs, workers, most):
 
 def _middle_sound(seconds, rng, duration):
     """The middle of a clip, no longer than the clip: padding would shift the mean."""
-    return even_views(1, min(seconds, duration) if duration else seconds, rng, duration, video=False)
+    return even_views(1, max(0.1, min(seconds, duration)) if duration else seconds, rng, duration, video=False)
 
 
 def main(argv=None):

@@ -24,7 +24,8 @@ def write(path, frames=None, wave=None, fps=25, rate=16000, gop=25, video="libx2
     """A clip by PyAV alone, independent of data.write_clip, with a key frame at least every `gop` frames. Returns the path."""
     with av.open(str(path), "w", options=options or {}) as container:
         if frames is not None:
-            picture = container.add_stream(video, rate=fps, options={"preset": "veryfast", "crf": "18", "g": str(gop)})
+            coding = {"preset": "veryfast", "crf": "18", "g": str(gop), "x264-params": "mbtree=0"}          # mbtree is not repeatable
+            picture = container.add_stream(video, rate=fps, options=coding)
             picture.height, picture.width, picture.pix_fmt = *frames[0].shape[:2], pixels
             picture.codec_context.thread_count = 1
         if wave is not None:

@@ -1,5 +1,5 @@
 """data.py: what is on screen and what is heard at a time, the mel, the order of batches, the lists, the toy world."""
-import contextlib, csv, functools, pickle, signal, struct, subprocess, sys, time
+import contextlib, csv, functools, pickle, signal, struct, subprocess, sys, time, tracemalloc
 from pathlib import Path
 
 import avjepa_lejepa, common, data
@@ -73,17 +73,35 @@ def test_a_flash_and_a_click_are_found_at_the_same_time(clocks, name, start):
     assert -0.001 < click - truth < 0.001 + late and -1 / 60 <= flash - truth <= 1 / 60 + late
 
 
-def test_a_hole_in_the_sound_stays_a_hole(tmp_path):
-    with av.open(str(tmp_path / "hole.mkv"), "w") as container:
+def write_pieces(path, *pieces):
+    """Uncompressed sound at 16 kHz with the level of each piece (begin, end, level), in seconds, and nothing in between."""
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=16000, layout="mono")
-        for at in [*range(0, 16000, 1000), *range(24000, 48000, 1000)]:                                 # nothing from 1 to 1.5 s
-            frame = av.AudioFrame.from_ndarray(np.full((1, 1000), 0.5 if at < 40000 else -0.5, np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 16000, at
-            container.mux(stream.encode(frame))
+        for begin, end, level in pieces:
+            for at in range(round(begin * 16000), round(end * 16000), 1000):
+                frame = av.AudioFrame.from_ndarray(np.full((1, 1000), level, np.float32), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = 16000, at
+                container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def test_a_hole_in_the_sound_stays_a_hole(tmp_path):
+    write_pieces(tmp_path / "hole.mkv", (0, 1, 0.5), (1.5, 2.5, 0.5), (2.5, 3, -0.5))
     wave = data.read_clip(tmp_path / "hole.mkv", 0, 3.0, 1, 16, 16000)["audio"]
     for begin, end, level in ((0, 0.99, 0.5), (1.01, 1.49, 0.0), (1.51, 2.49, 0.5), (2.51, 3.0, -0.5)):
         assert np.abs(wave[int(begin * 16000):int(end * 16000)] - level).max() < 1e-3, begin
+
+
+def test_a_wrong_timestamp_far_ahead_costs_no_memory(tmp_path):
+    """One flipped bit in an mpeg-ts makes a hole of 26 hours: 6 GB of zeros, if it is filled."""
+    write_pieces(tmp_path / "far.mkv", (0, 1, 0.5), (3601, 3602, 0.5))
+    tracemalloc.start()
+    try:
+        clip = data.read_clip(tmp_path / "far.mkv", 0, 2.0, 1, 16, 16000)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert np.abs(clip["audio"][:15900] - 0.5).max() < 1e-3 and not clip["audio"][16100:].any()
 
 
 def amplitude_at(wave, frequency, rate=16000):
@@ -358,6 +376,24 @@ def test_video_is_normalised_by_imagenets_mean_and_std_per_channel():
         assert torch.allclose(out[:, c], (video[:, c] / 255 - mean) / std, atol=1e-6)
 
 
+def test_crops_are_what_their_names_say():
+    """On a picture whose red and green are the column and the row: 36 x 60, cropped to 32 x 32."""
+    inputs, columns, rows = Inputs(size=32, resize=36, crop_scale=(0.1, 0.5)), np.arange(60) * 4, np.arange(36) * 7
+    picture = np.stack([np.broadcast_to(columns, (36, 60)), np.broadcast_to(rows[:, None], (36, 60)), np.zeros((36, 60))])
+    video = torch.from_numpy(np.stack([picture, picture]).astype(np.uint8))                             # (T, 3, H, W)
+    centre, areas = video[:, :, 2:34, 14:46], []
+    assert torch.equal(data.crop_transform(inputs, "center")(video), centre)
+    flipped = [data.crop_transform(inputs, "flip")(video) for _ in range(40)]
+    assert all(torch.equal(x, centre) or torch.equal(x, centre.flip(-1)) for x in flipped)
+    assert 8 < sum(torch.equal(x, centre) for x in flipped) < 32
+    for _ in range(40):
+        crop = data.crop_transform(inputs, "random")(video).float()
+        assert crop.shape == (2, 3, 32, 32) and torch.equal(crop[0], crop[1])                           # the same in each frame
+        step = crop[0, 0, 0].diff().mean().abs().item() / 4 * 32, crop[0, 1, :, 0].diff().mean().item() / 7 * 32
+        areas.append(step[0] * step[1] / (36 * 60))
+    assert 0.07 < min(areas) < 0.2 and 0.4 < max(areas) < 0.55
+
+
 @pytest.fixture(scope="session")
 def listing(clips):
     return data.make_listing("some", clips, ["good.mp4", "silent.mp4", "fast.mp4", "sound.wav"], [[0], [1], [0], [1]], ["a", "b"])
@@ -430,18 +466,22 @@ def test_a_clip_is_opened_once_for_all_its_views(listing, monkeypatch):
 
 
 def test_each_view_has_its_own_start_and_is_what_the_clip_holds_there(listing):
-    """The global views are centre crops, half of them flipped: they must be what read_clip gives at the plan's start."""
-    clips, starts = data.Clips(listing, SMALL, VIEWS, seed=5), []
+    """The global views are centre crops, some of them flipped: they must be what read_clip gives at the plan's start. The local
+    view of the picture is a random crop: it must be neither."""
+    clips, starts, flips = data.Clips(listing, SMALL, VIEWS, seed=5), [], []
     for epoch in range(4):
         item, views = clips[epoch, 0], VIEWS(np.random.default_rng((5, epoch, 0)), 8.0)
         assert all(0 <= view.start <= 7.0 and view.seconds == 1.0 for view in views)
         starts += [view.start for view in views]
-        for v in (0, 1):
+        for v in (0, 1, 3):                                                                             # view 2 is sound alone
             clip = data.read_clip(listing.path(0), views[v].start, 1.0, 4, 36, 16000)
             frames = torch.from_numpy(clip["video"][:, 2:34, 8:40]).permute(3, 0, 1, 2)                 # 36 x 48 -> 32 x 32
-            assert any(torch.equal(item["video"][v], x) for x in (frames, frames.flip(-1)))
-            assert torch.allclose(item["audio"][v], data.LogMel(SMALL)(torch.from_numpy(clip["audio"])), atol=0.05)
-    assert len(set(starts)) == 16 and max(starts) > 5 and min(starts) < 2
+            found = [torch.equal(item["video"][min(v, 2)], x) for x in (frames, frames.flip(-1))]
+            assert sum(found) == (v < 3)
+            if v < 3:
+                flips.append(found[1])
+                assert torch.allclose(item["audio"][v], data.LogMel(SMALL)(torch.from_numpy(clip["audio"])), atol=0.05)
+    assert len(set(starts)) == 16 and max(starts) > 5 and min(starts) < 2 and 0 < sum(flips) < 8
 
 
 def three_moments(rng, duration):
@@ -493,13 +533,13 @@ def test_20_unreadable_clips_in_a_row_end_the_run(tmp_path):
     for i in range(30):
         (tmp_path / f"{i}.mp4").touch()
     listing = data.make_listing("none", tmp_path, [f"{i}.mp4" for i in range(30)], None, [])
-    with pytest.raises(ClipError, match="20 clips in a row"):
-        data.Clips(listing, SMALL, VIEWS)[0, 0]
+    with pytest.raises(UserError, match="20 clips in a row"):
+        data.Troubles(30, max_share=1.0).add(data.collate([data.Clips(listing, SMALL, VIEWS)[0, 0]]))
 
 
 def trouble(*bad, **flags):
     """What collate says of a batch: its flags as lists, no clip at all without flags."""
-    return {"bad": list(bad), "index": torch.arange(len(flags.get("short", []))), **{k: torch.tensor(v) for k, v in flags.items()}}
+    return {"bad": list(bad), "lost": 0, "index": torch.arange(len(flags.get("short", []))), **{k: torch.tensor(v) for k, v in flags.items()}}
 
 
 def test_troubles_names_each_bad_clip_once_and_stops_above_the_share(capsys):
@@ -1020,6 +1060,16 @@ def test_stats_are_the_mean_and_std_of_the_mel_in_db(tmp_path, clips, capsys, fl
     middles = [data.read_clip(tmp_path / f"{i}.wav", (n - inputs.seconds) / 2, inputs.seconds, 1, 16, 16000) for i, n in enumerate(lengths)]
     mels = [mel_by_numpy(clip["audio"], inputs) for clip in middles]
     assert float(found[0]) == pytest.approx(np.mean(mels), abs=2e-3) and float(found[2]) == pytest.approx(np.std(mels), abs=2e-3)
+
+
+def test_stats_of_short_clips_do_not_count_the_padding(tmp_path, capsys):
+    """A loud clip of 2 seconds: its mel is what numpy says of the 2 seconds, not of 6 more of silence."""
+    wave = np.random.default_rng(0).normal(0, 0.1, 2 * 16000)
+    write(tmp_path / "short.wav", wave=wave, audio="pcm_s16le")
+    data.main(["--data", "folder", "--data-dir", str(tmp_path), "--stats", "--workers", "0"])
+    found = capsys.readouterr().out.split("--mel-mean ")[1].split()
+    mel = mel_by_numpy(data.read_clip(tmp_path / "short.wav", 0, 2.0, 1, 16, 16000)["audio"], Inputs())
+    assert float(found[0]) == pytest.approx(mel.mean(), abs=2e-3) and float(found[2]) == pytest.approx(mel.std(), abs=2e-3)
 
 
 def test_stats_without_any_sound_are_refused(tmp_path, clips):

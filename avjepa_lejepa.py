@@ -139,9 +139,9 @@ class AVJEPA(nn.Module):
         self.lam, self.slices = lam, slices
 
     def embed(self, video, audio, present):
-        """CLS of each view. video (sum of the views that have it, 3, T, H, W), audio (the same, 1, F, T), present (B, V, 2) on
-        the CPU -> (B, V, D). Views with the same modalities run together."""
-        has = present.flatten(0, 1)                                                 # (B V, 2)
+        """CLS of each view. video (sum of the views that have it, 3, T, H, W), audio (the same, 1, F, T), present (B, V, 2) ->
+        (B, V, D). Views with the same modalities run together."""
+        has = present.flatten(0, 1).cpu()                                           # (B V, 2)
         place, rows, cls = has.cumsum(0) - 1, [], []                                # place: a view's row in video and audio
         for v, a in ((True, True), (False, True), (True, False)):
             group = ((has[:, 0] == v) & (has[:, 1] == a)).nonzero().squeeze(1)
@@ -229,13 +229,13 @@ def main(argv=None):
         lr = common.warmup_cosine(step, steps, max(1, round(recipe["warmup"] * steps)), recipe["lr"], end=recipe["lr_end"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        common.seed_step(args.seed, step, process.rank)
         for micro in range(args.accumulate):
             clock = time.time()
             batch = next(batches)
             troubles.add(batch)
             batch = data.to_device(batch, process.device)
             data_s += time.time() - clock
+            common.seed_step(args.seed, step * args.accumulate + micro, process.rank)
             last = micro == args.accumulate - 1
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 with process.autocast():

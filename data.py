@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, main_guard                # before torch: common sets how its threads wait
+from common import UserError, check_range, main_guard, one_thread     # before torch: common sets how its threads wait
 
 import av
 import numpy as np
@@ -259,9 +259,7 @@ class Clips(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng, bad = np.random.default_rng((self.seed, epoch, index)), []
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)                # a mel takes 5 ms with one thread and 100 with two; and the same bits anywhere
-        try:
+        with one_thread():                      # also for the same bits with and without workers
             for _ in range(20):
                 try:
                     return {**self.item(index, rng), "bad": bad}
@@ -270,8 +268,6 @@ class Clips(Dataset):
                     if not self.replace:
                         return {"bad": bad}
                     index = int(rng.integers(len(self)))
-        finally:
-            torch.set_num_threads(threads)
         return {"bad": bad}                     # 20 clips in a row: Troubles says so in the training process
 
     def item(self, index, rng):
@@ -488,10 +484,13 @@ def _list_folder(name, folder, split):
     else:
         names = sorted({p[0] for p in parts if len(p) > 1})
         if names and split != "all":
-            keep = [(hashlib.sha256(f.encode()).digest()[0] % 5 == 0) == (split == "test") for f in files]
+            keep = [(hashlib.sha256(os.fsencode(f)).digest()[0] % 5 == 0) == (split == "test") for f in files]
             files, parts = [f for f, k in zip(files, keep) if k], [p for p, k in zip(parts, keep) if k]
-    if not names:
+    if not names or split == "all":
         return make_listing(name, folder, files, None, [])
+    loose = sum(len(p) == 1 for p in parts)
+    if loose:
+        print(f"{folder}: {loose:,} files beside the sub-folders have no label and are left out")
     number = {c: i for i, c in enumerate(names)}
     rows = [(f, number[p[0]]) for f, p in zip(files, parts) if len(p) > 1]
     return make_listing(name, folder, [f for f, _ in rows], [[c] for _, c in rows], names, False)
@@ -526,7 +525,7 @@ class Batches(Sampler):
                 yield [(epoch, int(i)) for i in micro]
 
 
-def one_thread(worker):
+def start_worker(worker):
     """For the data workers: a mel is slower on two threads; and a signal is for the training process, which then ends them."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -544,14 +543,26 @@ def end_workers():
 
 def train_loader(clips, batches, workers, pin=False):
     """Batches of a Clips data set, decoded by `workers` processes (0: in this one)."""
-    return DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=one_thread, pin_memory=pin)
+    return DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=start_worker, pin_memory=pin)
 
 
 def eval_loader(listing, inputs, plan, batch, workers, seed=0):
     """All clips of a listing once, in order; what does not decode is left out and stands in `bad`."""
     keys = [[(0, i) for i in range(a, min(a + batch, len(listing)))] for a in range(0, len(listing), batch)]
     return DataLoader(Clips(listing, inputs, plan, seed, replace=False), batch_sampler=keys, num_workers=workers,
-                      collate_fn=collate, worker_init_fn=one_thread)
+                      collate_fn=collate, worker_init_fn=start_worker)
+
+
+def eval_batches(listing, inputs, plan, batch, workers, troubles, label, seed=0):
+    """The batches of eval_loader that hold a clip. Names each bad clip; UserError when no clip at all can be used."""
+    used = False
+    for b in tqdm(eval_loader(listing, inputs, plan, batch, workers, seed), desc=label, unit="batch"):
+        troubles.name(b["bad"])
+        if len(b["index"]):
+            used |= any(bool(b[f"has_{key}"].any()) for key in ("video", "audio") if key in b)
+            yield b
+    if not used:
+        raise UserError(f"{listing.name}: no readable clip among {len(listing):,}; look at the files with python data.py --check")
 
 
 class Troubles:
@@ -564,15 +575,18 @@ class Troubles:
         if len(batch["index"]):
             for key, flag in (("no_video", ~batch["has_video"]), ("no_audio", ~batch["has_audio"]), ("short", batch["short"])):
                 self.counts[key] += int(flag.sum())
-        for message in batch["bad"]:
-            if message not in self.bad:
-                self.bad.add(message)
-                tqdm.write(f"bad clip: {message}")
+        self.name(batch["bad"])
         if batch["lost"]:
             raise UserError(f"20 clips in a row do not decode, the last: {batch['bad'][-1]}; look at the files with python data.py --check")
         if len(self.bad) > self.max_share * self.total:
             raise UserError(f"{len(self.bad)} of {self.total:,} clips do not decode, more than {self.max_share:.0%}: stopped; "
                             "look at the files with python data.py --check, or raise --max-bad")
+
+    def name(self, messages):
+        for message in messages:
+            if message not in self.bad:
+                self.bad.add(message)
+                tqdm.write(f"bad clip: {message}")
 
     def row(self):
         return {"bad_clips": len(self.bad), **self.counts}
@@ -741,7 +755,7 @@ def make_toy(folder):
     try:
         for split in ("train", "test"):
             (part / split).mkdir()
-            rows = DataLoader(_ToyWriter(part, split), batch_size=None, num_workers=os.cpu_count() or 1, worker_init_fn=one_thread)
+            rows = DataLoader(_ToyWriter(part, split), batch_size=None, num_workers=os.cpu_count() or 1, worker_init_fn=start_worker)
             rows = list(tqdm(rows, desc=f"writing toy clips ({split})", unit="clip"))
             np.savez(part / split / "truth.npz", **{k: np.stack([np.asarray(row[k]) for row in rows]) for k in rows[0]})
         (part / "world.json").write_text(world)
@@ -785,7 +799,7 @@ class _Check(Dataset):
 def check(listing, workers):
     """Decode a moment of each clip and print what is there: a dict of counts. Names each unreadable clip."""
     counts = {"clips": len(listing), "missing": listing.missing, "unreadable": 0, "no video": 0, "no audio": 0, "seconds": 0.0}
-    rows = DataLoader(_Check(listing), batch_size=None, num_workers=workers, worker_init_fn=one_thread)
+    rows = DataLoader(_Check(listing), batch_size=None, num_workers=workers, worker_init_fn=start_worker)
     for has_video, has_audio, duration, message in tqdm(rows, desc="check", unit="clip"):
         counts["seconds"] += duration
         if message:
@@ -834,6 +848,8 @@ def main(argv=None):
     add("--hop", type=int, default=Inputs.hop, help="samples between two mel frames of --stats")
     add("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
+    check_range("--workers", args.workers, 0, 1024), check_range("--mels", args.mels, 1, 4096), check_range("--hop", args.hop, 1, 10 ** 6)
+    check_range("--seconds", args.seconds, 0.1, 3600), check_range("--clips", args.clips, 1, 10 ** 9)
     listing = list_clips(args.data, args.data_dir, args.split)
     if args.check:
         check(listing, args.workers)

@@ -8,7 +8,7 @@
 Learning rates are tried on a tenth of the training clips, never on the test; the head that is best there is tested.
 Each result is a row in RUN/probe.jsonl.
 """
-import argparse, copy, functools, json, math, time
+import argparse, contextlib, copy, functools, json, math, time
 from pathlib import Path
 
 import common, data, retrieval                          # before torch: common sets how its threads wait
@@ -91,8 +91,8 @@ class RawInput(nn.Module):
     """The input itself as an embedding, average-pooled: mel to (16, 25), video to (4, 16, 16) and 3 colours. What a linear probe
     reads off it needed no encoder."""
     def forward(self, video=None, audio=None):
-        parts = [] if video is None else [F.adaptive_avg_pool3d(video, (4, 16, 16)).flatten(1)]
-        parts += [] if audio is None else [F.adaptive_avg_pool2d(audio, (16, 25)).flatten(1)]
+        parts = [] if video is None else [F.adaptive_avg_pool3d(video.cpu(), (4, 16, 16)).flatten(1)]       # MPS lacks the two
+        parts += [] if audio is None else [F.adaptive_avg_pool2d(audio.cpu(), (16, 25)).flatten(1)]
         return None, torch.cat(parts, 1)
 
 
@@ -105,22 +105,19 @@ def pick(batch, modality):
 def extract(encoders, listing, inputs, modalities, views, process, workers=1, tokens=False, batch=32, label="features"):
     """Decode each clip once, embed its `views` evenly spread views with each encoder and modality.
 
-    Returns ({(encoder name, modality): (N, views, D), with `tokens` (N, views, number, D)}, index (N,), bad (messages))."""
-    out, index, bad = {(e, m): [] for e in encoders for m in modalities}, [], []
+    Returns ({(encoder name, modality): (N, views, D), with `tokens` (N, views, number, D)}, index (N,)). Clips that do not decode
+    are left out and counted on the screen."""
+    out, index, troubles = {(e, m): [] for e in encoders for m in modalities}, [], data.Troubles(len(listing))
     needed = {key for m in modalities for key in MODALITIES[m]}
     plan = functools.partial(data.even_views, views, inputs.seconds, video="video" in needed, audio="audio" in needed)
-    for b in tqdm(data.eval_loader(listing, inputs, plan, max(1, batch // views), workers), desc=label, unit="batch"):
-        bad += b["bad"]
-        if len(b["index"]):
-            index.append(b["index"])
-            b = data.to_device(b, process.device)
-            for (e, m), parts in out.items():
-                with process.autocast():
-                    x = encoders[e](**pick(b, m))[0 if tokens else 1]
-                parts.append(x.unflatten(0, (-1, views)).to(torch.bfloat16 if tokens else torch.float32).cpu())
-    if not index:
-        raise UserError(f"{listing.name}: no readable clip among {len(listing):,}; look at the files with python data.py --check")
-    return {k: torch.cat(v) for k, v in out.items()}, torch.cat(index), bad
+    for b in data.eval_batches(listing, inputs, plan, max(1, batch // views), workers, troubles, label):
+        index.append(b["index"])
+        b = data.to_device(b, process.device)
+        for (e, m), parts in out.items():
+            with process.autocast():
+                x = encoders[e](**pick(b, m))[0 if tokens else 1]
+            parts.append(x.unflatten(0, (-1, views)).to(torch.bfloat16 if tokens else torch.float32).cpu())
+    return {k: torch.cat(v) for k, v in out.items()}, torch.cat(index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,20 +156,19 @@ def cached_batches(x, y, batch, seed, device):
     while True:
         order = torch.randperm(len(x), generator=generator)
         for i in order.split(batch):
-            if len(i) > 1 or len(x) == 1:
+            if len(i) > 1:                              # BatchNorm needs two
                 part = x[i, torch.randint(x.shape[1], (len(i),), generator=generator)].float().to(device)
                 yield (part, None, y[i].to(device)) if x.ndim == 4 else (None, part, y[i].to(device))
 
 
 @torch.no_grad()
 def predict(head, x, device, batch=256):
-    """Probabilities (N, C), averaged over the views of cached features x (N, views, ...)."""
-    out = []
+    """Scores (N, views, C) of cached features x (N, views, ...)."""
+    out, _ = [], head.eval()
     for part in x.split(max(1, batch // x.shape[1])):
         flat = part.flatten(0, 1).float().to(device)
-        scores = head.eval()(flat, None) if x.ndim == 4 else head.eval()(None, flat)
-        out.append(scores.unflatten(0, (-1, x.shape[1])).cpu())
-    return torch.cat(out)                                                           # (N, views, C)
+        out.append(head(*((flat, None) if x.ndim == 4 else (None, flat))).unflatten(0, (-1, x.shape[1])).cpu())
+    return torch.cat(out)
 
 
 def average(scores, targets):
@@ -188,17 +184,19 @@ def probe_cached(kind, x, y, x_test, y_test, classes, lrs, epochs, batch, seed, 
     first = HEADS[kind](x.shape[-1], classes).to(device)
     heads = [copy.deepcopy(first) for _ in lrs]
     steps = max(1, epochs * math.ceil(len(inner) / batch))
-    train_heads(heads, cached_batches(x[inner], y[inner], batch, seed, device), steps, lrs, progress=progress)
+    with common.one_thread() if kind == "linear" else contextlib.nullcontext():
+        train_heads(heads, cached_batches(x[inner], y[inner], batch, seed, device), steps, lrs, progress=progress)
     scores = [measure(average(predict(head, x[held], device), y), y[held])[1] for head in heads]
     best = int(np.argmax(scores))
     name, value, counted = measure(average(predict(heads[best], x_test, device), y_test), y_test)
     return {"metric": name, "value": value, "classes": counted, "lr": lrs[best], "held_out": scores[best]}
 
 
-def enough_epochs(clips, batch, epochs=15, steps=2000):
-    """The paper's number of epochs, but at least `steps` steps: on a small set a head would else end half trained, and that of
-    an untrained encoder, whose features are badly conditioned, more so than the others."""
-    return max(epochs, math.ceil(steps / max(1, math.ceil(clips / batch))))
+def frozen_schedule(clips):
+    """(batch, epochs) of a frozen probe: 512 and 15 (authors' code), but at least 2,000 steps of an eighth of the set: on a small
+    set a head would else end half trained, and that of an untrained encoder, with its badly conditioned features, most of all."""
+    batch = min(512, max(2, clips // 8))
+    return batch, max(15, math.ceil(2000 / math.ceil(clips / batch)))
 
 
 class Online(nn.Module):
@@ -243,7 +241,7 @@ def probe_online(kind, encoder, modality, train, test, y, y_test, inputs, proces
     plan = functools.partial(train_views, seconds=inputs.seconds, modality=modality)
     clips = data.Clips(train.subset(inner.tolist()), inputs, plan, args.seed)
     order = data.Batches(len(clips), min(args.batch_size, len(clips)), args.seed, 0, steps)
-    troubles = data.Troubles(len(clips))
+    troubles = data.Troubles(len(clips), 1.0)
     loader = data.train_loader(clips, order, workers, process.device.type == "cuda")
     for step, batch in enumerate(tqdm(loader, desc=args.probe, unit="step")):
         troubles.add(batch)
@@ -252,9 +250,11 @@ def probe_online(kind, encoder, modality, train, test, y, y_test, inputs, proces
         targets = y[inner[batch["index"]]].to(process.device)
         with process.autocast():
             scores = model.train()(data.to_device(batch, process.device))
-        loss = sum(loss_of(s.float(), targets, 0.0 if frozen else 0.1) for s in scores)
-        if not math.isfinite(loss.item()):
+        losses = [loss_of(s.float(), targets, 0.0 if frozen else 0.1) for s in scores]
+        losses = [loss for loss in losses if math.isfinite(loss.item())]        # a rate that is too high loses, the others go on
+        if not losses:
             raise UserError(f"the loss is not finite at step {step}; lower --lr")
+        loss = sum(losses)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -262,14 +262,11 @@ def probe_online(kind, encoder, modality, train, test, y, y_test, inputs, proces
     def scores_of(listing, label):
         plan = functools.partial(data.even_views, args.views, inputs.seconds, video=modality != "audio", audio=modality != "video")
         out, index = [], []
-        for batch in tqdm(data.eval_loader(listing, inputs, plan, max(1, 32 // args.views), workers), desc=label, unit="batch"):
-            if len(batch["index"]):
-                index.append(batch["index"])
-                with torch.no_grad(), process.autocast():
-                    scores = torch.stack(model.eval()(data.to_device(batch, process.device)))
-                out.append(scores.float().unflatten(1, (-1, args.views)).cpu())     # (heads, B, views, C)
-        if not out:
-            raise UserError(f"{listing.name}: no readable clip among {len(listing):,}; look at the files with python data.py --check")
+        for batch in data.eval_batches(listing, inputs, plan, max(1, 32 // args.views), workers, data.Troubles(len(listing)), label):
+            index.append(batch["index"])
+            with torch.no_grad(), process.autocast():
+                scores = torch.stack(model.eval()(data.to_device(batch, process.device)))
+            out.append(scores.float().unflatten(1, (-1, args.views)).cpu())         # (heads, B, views, C)
         return torch.cat(out, 1), torch.cat(index)
 
     best, held_out = 0, None
@@ -298,21 +295,21 @@ def toy_report(run, data_dir, process, workers):
     if "av" in modalities:
         table = {name: retrieval.evaluate(e, test, workers=workers, process=process) for name, e in encoders.items()}
     encoders["raw input"] = RawInput()
-    x, index, _ = extract(encoders, train, inputs, modalities, 2, process, workers, label="features (train)")
-    x_test, index_test, _ = extract(encoders, test, inputs, modalities, 4, process, workers, label="features (test)")
+    x, index = extract(encoders, train, inputs, modalities, 2, process, workers, label="features (train)")
+    x_test, index_test = extract(encoders, test, inputs, modalities, 4, process, workers, label="features (test)")
     y, y_test = train.targets(index), test.targets(index_test)
     for name, m in tqdm(x, desc="linear probes", unit="probe"):
-        result = probe_cached("linear", x[name, m], y, x_test[name, m], y_test, len(train.classes), FROZEN_LRS,
-                              enough_epochs(len(y), 256), 256, seed)
+        batch, epochs = frozen_schedule(len(y))
+        result = probe_cached("linear", x[name, m], y, x_test[name, m], y_test, len(train.classes), FROZEN_LRS, epochs, batch, seed)
         table.setdefault(name, {})[m] = result["value"]
     chance = {m: 100 * y_test.bincount().max().item() / len(y_test) for m in modalities}
     chance.update({way: table["trained"]["chance"] for way in ("A->V", "V->A") if way in table["trained"]})
     table["chance"] = chance
 
+    ways = ("A->V", "V->A") if "av" in modalities else ()
     print(f"\nheld-out toy clips, percent     linear probe (N = {len(y_test)})" + "".join(
-        f"    {way} (N = {table['trained']['N']})         " for way in ("A->V", "V->A") if "av" in modalities))
-    columns = [(m,) for m in modalities]
-    columns += [(way, k) for way in ("A->V", "V->A") for k in ("R@1", "R@10", "class R@1") if "av" in modalities]
+        f"    {way} (N = {table['trained']['N']})         " for way in ways))
+    columns = [(m,) for m in modalities] + [(way, k) for way in ways for k in ("R@1", "R@10", "class R@1")]
     print(" " * 12 + "".join(f"{c[-1]:>11s}" for c in columns))
     for name, row in table.items():
         values = [row.get(c[0]) if len(c) == 1 else row.get(c[0], {}).get(c[1]) for c in columns]
@@ -337,7 +334,7 @@ def main(argv=None):
     add("--baseline", choices=("untrained", "raw"), help="instead of the trained encoder: as it was initialised, or the input itself")
     add("--absent", choices=("zero", "drop"), help="if other than in training")
     add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps), 13 fine-tuned")
-    add("--batch-size", type=int, help="default: 512 frozen, 64 fine-tuned")
+    add("--batch-size", type=int, help="default: 512 frozen (an eighth of a small set), 64 fine-tuned")
     add("--lr", type=float, nargs="+", help="tried on a held-out tenth of train; default: 1e-3 1e-2 1e-1 1 frozen, 2e-4 fine-tuned")
     add("--views", type=int, help="test views that are averaged; default: 4 frozen, 6 fine-tuned")
     add("--cache-gb", type=float, default=4.0, help="an attentive probe caches its tokens up to this size, else it decodes anew")
@@ -348,11 +345,14 @@ def main(argv=None):
     finetune = args.probe == "finetune"
     # Authors' code: frozen 15 epochs, batch 512, 4 test clips; fine-tuned lr 2e-4, 6 test clips; 13 epochs (seed).
     args.lr = args.lr or ([2e-4] if finetune else list(FROZEN_LRS))
-    args.views, args.batch_size = args.views or (6 if finetune else 4), args.batch_size or (64 if finetune else 512)
+    args.views = (6 if finetune else 4) if args.views is None else args.views
     check = common.check_range
-    check("--epochs", args.epochs or 1, 1, 10 ** 6), check("--batch-size", args.batch_size, 2, 10 ** 6)
+    check("--epochs", 1 if args.epochs is None else args.epochs, 1, 10 ** 6), check("--seed", args.seed, 0, 2 ** 31)
+    check("--batch-size", 2 if args.batch_size is None else args.batch_size, 2, 10 ** 6)
     check("--workers", args.workers or 0, 0, 1024)
     check("--views", args.views, 1, 1000), check("--cache-gb", args.cache_gb, 0, 10 ** 6), [check("--lr", lr, 0, 10) for lr in args.lr]
+    if finetune and len(args.lr) > 1:
+        raise UserError("--lr: fine-tuning takes one learning rate")
     began, process = time.time(), common.start_process(args.device)
     if process.world > 1:
         raise UserError("probe.py runs in one process; start it without torchrun")
@@ -371,28 +371,29 @@ def main(argv=None):
     gigabytes = 2 * tokens * encoder.dim * (2 * len(train) + args.views * len(test)) / 1e9
     if args.baseline == "raw" and args.probe != "linear":
         raise UserError("--baseline raw has no tokens and nothing to train; use --probe linear")
+    if len(train) < 3:
+        raise UserError(f"{train.name}: {len(train)} training clips; a probe needs at least 3")
+    batch, epochs = (64, 13) if finetune else frozen_schedule(len(train))
+    args.batch_size, args.epochs = args.batch_size or batch, args.epochs or epochs
     if finetune or args.probe == "attentive" and gigabytes > args.cache_gb:
-        args.epochs = args.epochs or (13 if finetune else 15)
+        if not finetune:
+            print(f"{gigabytes:.1f} GB of tokens are more than --cache-gb {args.cache_gb:g}: decoding anew in each of {args.epochs} epochs")
         result = probe_online(kind, encoder, args.modality, train, test, y, y_test, inputs, process, workers, args, not finetune)
     else:
         encoders = {"it": RawInput() if args.baseline == "raw" else encoder}
         extract_from = functools.partial(extract, encoders, inputs=inputs, modalities=[args.modality], process=process,
                                          workers=workers, tokens=args.probe == "attentive")
-        x, index, _ = extract_from(train, views=2, label="features (train)")
-        x_test, index_test, _ = extract_from(test, views=args.views, label="features (test)")
-        batch = min(args.batch_size, max(2, len(index) // 8))
-        epochs = args.epochs or enough_epochs(len(index), batch)
+        x, index = extract_from(train, views=2, label="features (train)")
+        x_test, index_test = extract_from(test, views=args.views, label="features (test)")
         x, x_test = x["it", args.modality], x_test["it", args.modality]
-        result = {**probe_cached(kind, x, y[index], x_test, y_test[index_test], len(train.classes), args.lr, epochs, batch, args.seed,
-                                 process.device, progress=True), "N": len(index_test)}
-    run = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent
+        result = {**probe_cached(kind, x, y[index], x_test, y_test[index_test], len(train.classes), args.lr, args.epochs, args.batch_size,
+                                 args.seed, process.device, progress=True), "N": len(index_test)}
     row = {"data": args.data, "probe": args.probe, "head": kind, "modality": args.modality, "baseline": args.baseline,
-           "absent": encoder.vit.absent, **result, "seed": args.seed, "ckpt": str(args.ckpt), "step": encoder.step,
-           "seconds": round(time.time() - began, 1)}
-    with open(run / "probe.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
+           "absent": encoder.vit.absent, **result, "left_out": len(test) - result["N"], "seed": args.seed, "ckpt": str(args.ckpt),
+           "step": encoder.step, "seconds": round(time.time() - began, 1)}
     print(f"{args.data}, {args.probe}, {args.modality}, {args.baseline or 'trained'}: {result['metric']} {result['value']:.1f} "
           f"(N = {result['N']:,}, {result['classes']} classes counted, lr {result['lr']:g}, {row['seconds']} s)")
+    common.add_row(args.ckpt, "probe.jsonl", row)
 
 
 if __name__ == "__main__":

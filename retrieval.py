@@ -5,7 +5,7 @@
     python retrieval.py --ckpt RUN --data audioset --data-dir audioset/ --clips ids.txt  # a list of ids or file names
     python retrieval.py --ckpt RUN --query dog.wav --folder clips/                       # a sound or a silent video
 """
-import argparse, functools, json, time
+import argparse, functools, time
 from pathlib import Path
 
 import common, data                                     # before torch: common sets how its threads wait
@@ -14,7 +14,6 @@ from common import UserError, main_guard
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,16 +58,13 @@ def random_views(count, seconds, rng, duration, video=True, audio=True):
 
 
 @torch.no_grad()
-def embed(encoder, listing, views=4, batch=32, workers=1, process=None, seed=0, projected=True):
+def embed(encoder, listing, views=4, batch=128, workers=1, process=None, seed=0, projected=True):
     """Each clip once per modality: {"audio": (N, D), "video": (N, D)}, L2-normalised means over the views, and what was read:
-    index (N,), has_video, has_audio (N,) bool, bad (messages). A clip that does not decode is left out."""
+    index (N,), has_video, has_audio (N,) bool. A clip that does not decode is left out."""
     inputs, process = data.Inputs(**encoder.inputs), process or common.start_process("cpu")
     plan = functools.partial(random_views, views, inputs.seconds)
-    out, read, bad = {"audio": [], "video": []}, {"index": [], "has_video": [], "has_audio": []}, []
-    for b in tqdm(data.eval_loader(listing, inputs, plan, batch, workers, seed), desc="embed for retrieval", unit="batch"):
-        bad += b["bad"]
-        if not len(b["index"]):
-            continue
+    out, read, troubles = {"audio": [], "video": []}, {"index": [], "has_video": [], "has_audio": []}, data.Troubles(len(listing))
+    for b in data.eval_batches(listing, inputs, plan, max(1, batch // views), workers, troubles, "embed for retrieval", seed):
         for key in read:
             read[key].append(b[key])
         b = data.to_device(b, process.device)
@@ -77,9 +73,7 @@ def embed(encoder, listing, views=4, batch=32, workers=1, process=None, seed=0, 
                 z = encoder(**{modality: b[modality]})[1].float()                   # (B views, D)
             z = encoder.projector(z) if projected and encoder.projector is not None else z
             out[modality].append(F.normalize(z.unflatten(0, (-1, views)).mean(1), dim=-1).cpu())
-    if not out["audio"]:
-        raise UserError(f"{listing.name}: no readable clip among {len(listing):,}; look at the files with python data.py --check")
-    return {k: torch.cat(v) for k, v in out.items()}, {**{k: torch.cat(v) for k, v in read.items()}, "bad": bad}
+    return {k: torch.cat(v) for k, v in out.items()}, {k: torch.cat(v) for k, v in read.items()}
 
 
 def choose(listing, clips, seed=0):
@@ -98,10 +92,14 @@ def choose(listing, clips, seed=0):
         return listing.subset(sorted(chosen))
     if not Path(clips).is_file():
         raise UserError(f"--clips {clips}: neither 'all', nor a number of clips for each class, nor a file with ids")
-    wanted = [line.strip() for line in Path(clips).read_text().splitlines() if line.strip()]
+    try:
+        wanted = list(dict.fromkeys(line.strip() for line in Path(clips).read_text().splitlines() if line.strip()))
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--clips {clips}: cannot be read as a text file with an id in each line") from None
     names = [Path(listing.path(i)) for i in range(len(listing))]
-    place = {key: i for i, name in enumerate(names) for key in (name.stem[1:12] if name.stem[0] == "Y" else name.stem, name.stem[:11],
-                                                                name.stem, name.name)}
+    place = {}                                          # exact names win over ids
+    for key in (lambda p: p.stem[:11], lambda p: p.stem[1:12] if p.stem[0] == "Y" else p.stem, lambda p: p.stem, lambda p: p.name):
+        place.update({key(p): i for i, p in enumerate(names)})
     missing = [w for w in wanted if w not in place]
     if len(missing) == len(wanted):
         raise UserError(f"--clips {clips}: none of its {len(wanted):,} ids is in {listing.name}")
@@ -118,7 +116,7 @@ def evaluate(encoder, listing, views=4, workers=1, process=None, projected=True,
     a, v, index = z["audio"][both], z["video"][both], read["index"][both]
     if not len(index):
         raise UserError(f"{listing.name}: no clip has both sound and picture")
-    result = {"N": len(index), "left_out": int((~both).sum()) + len(read["bad"]), "chance": chance(len(index))}
+    result = {"N": len(index), "left_out": len(listing) - len(index), "chance": chance(len(index))}
     for name, similarity in (("A->V", a @ v.T), ("V->A", v @ a.T)):
         result[name] = recall(similarity)
         if listing.labels is not None and not listing.multilabel:
@@ -126,12 +124,12 @@ def evaluate(encoder, listing, views=4, workers=1, process=None, projected=True,
     return result
 
 
-def query(encoder, file, folder, top, workers, process, projected=True):
+def query(encoder, file, folder, top, views, workers, process, projected=True, seed=0):
     """(the modality that was searched with, [(score, path)], number of clips left out): the clips of a folder whose other
     modality lies nearest to the file. A file that has sound is asked by its sound."""
     def one(paths, modality):
         listing = data.make_listing("query", "", paths, None, [])
-        z, read = embed(encoder, listing, workers=workers, process=process, projected=projected)
+        z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, projected=projected)
         keep = read[f"has_{modality}"]
         return z[modality][keep], [paths[i] for i in read["index"][keep]], len(paths) - int(keep.sum())
 
@@ -172,30 +170,34 @@ def main(argv=None):
         raise UserError("give either --data SET, or --query FILE with --folder DIR")
     common.check_range("--workers", args.workers or 0, 0, 1024)
     common.check_range("--views", args.views, 1, 1000), common.check_range("--top", args.top, 1, 10 ** 6)
+    common.check_range("--seed", args.seed, 0, 2 ** 31)
     began, process = time.time(), common.start_process(args.device)
+    if process.world > 1:
+        raise UserError("retrieval.py runs in one process; start it without torchrun")
     workers = common.default_workers(process) if args.workers is None else args.workers
     encoder = common.load_encoder(args.ckpt, process.device, args.untrained, args.absent)
     if encoder.vit.video is None or encoder.vit.audio is None:
         raise UserError(f"{args.ckpt}: {encoder.method} takes one modality only; retrieval needs both")
     projected = args.embedding == "projected"
     if args.query:
-        asks, best, left_out = query(encoder, args.query, args.folder, args.top, workers, process, projected)
+        asks, best, left_out = query(encoder, args.query, args.folder, args.top, args.views, workers, process, projected, args.seed)
         print(f"by the {asks} of {args.query}:")
         for score, path in best:
             print(f"{score:7.3f}  {path}")
         if left_out:
             print(f"({left_out} clips left out: unreadable, or without {'picture' if asks == 'audio' else 'sound'})")
         return
-    listing = choose(data.list_clips(args.data, args.data_dir, "test"), args.clips, args.seed)
+    listing = data.list_clips(args.data, args.data_dir, "test")
+    if listing.labels is None:
+        print(f"{args.data_dir} has no sub-folders and so no held-out part: pre-training saw these clips")
+    listing = choose(listing, args.clips, args.seed)
     result = evaluate(encoder, listing, args.views, workers, process, projected, args.seed)
     print(f"{args.data}, N = {result['N']:,}, left out {result['left_out']:,}" + (", untrained encoder" if args.untrained else ""))
     for name in ("A->V", "V->A", "chance"):
         print(f"{name:7s}" + "".join(f"  {k} {v:6.1f}" for k, v in result[name].items()))
-    run = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent
-    row = {"data": args.data, "clips": args.clips, "embedding": args.embedding, "untrained": args.untrained, "absent": encoder.vit.absent,
-           "seed": args.seed, "ckpt": str(args.ckpt), "step": encoder.step, "seconds": round(time.time() - began, 1), **result}
-    with open(run / "retrieval.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
+    common.add_row(args.ckpt, "retrieval.jsonl", {
+        "data": args.data, "clips": args.clips, "embedding": args.embedding, "untrained": args.untrained, "absent": encoder.vit.absent,
+        "seed": args.seed, "ckpt": str(args.ckpt), "step": encoder.step, "seconds": round(time.time() - began, 1), **result})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def run(toy, tmp_path_factory):
     """A finished run of four steps, with its evaluation."""
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "enough_epochs", lambda clips, batch: 20)
+        patch.setattr(probe, "frozen_schedule", lambda clips: (8, 5))
         avjepa_lejepa.main(flags(toy, out, "--steps", 4))
     return out
 
@@ -204,8 +204,8 @@ BAD = {
 def test_bad_input_ends_in_one_sentence(toy, tmp_path, name):
     bad, sentence = BAD[name]
     with pytest.raises(common.UserError, match=sentence) as error:
-        avjepa_lejepa.main([*(flags(toy, tmp_path / "run", "--steps", 2) if "--data" not in bad else ["--out", str(tmp_path / "run"), *TINY]),
-                            *bad])
+        known = flags(toy, tmp_path / "run", "--steps", 2) if "--data" not in bad else ["--out", str(tmp_path / "run"), *TINY]
+        avjepa_lejepa.main([*known, *bad])
     assert "\n" not in str(error.value) and not (tmp_path / "run" / "latest.pt").exists()
 
 

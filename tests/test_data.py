@@ -537,9 +537,22 @@ def test_20_unreadable_clips_in_a_row_end_the_run(tmp_path):
         data.Troubles(30, max_share=1.0).add(data.collate([data.Clips(listing, SMALL, VIEWS)[0, 0]]))
 
 
+def test_files_beside_the_sub_folders_are_searched_and_else_said_to_be_left_out(tmp_path, capsys):
+    for name in ("loose.mp4", "dogs/a.mp4", "dogs/b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert len(data.list_clips("folder", tmp_path, "all")) == 3
+    parts = []
+    for split in ("train", "test"):
+        with contextlib.suppress(UserError):
+            parts.append(data.list_clips("folder", tmp_path, split))
+    assert sum(len(part) for part in parts) == 2 and "1 files beside the sub-folders" in capsys.readouterr().out
+
+
 def trouble(*bad, **flags):
     """What collate says of a batch: its flags as lists, no clip at all without flags."""
-    return {"bad": list(bad), "lost": 0, "index": torch.arange(len(flags.get("short", []))), **{k: torch.tensor(v) for k, v in flags.items()}}
+    index = torch.arange(len(flags.get("short", [])))
+    return {"bad": list(bad), "lost": 0, "index": index, **{k: torch.tensor(v) for k, v in flags.items()}}
 
 
 def test_troubles_names_each_bad_clip_once_and_stops_above_the_share(capsys):

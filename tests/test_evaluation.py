@@ -69,7 +69,8 @@ def test_random_embeddings_score_chance():
 def test_in_class_recall_does_not_reward_the_class_alone():
     labels = torch.arange(80) % 8
     by_class = torch.nn.functional.one_hot(labels, 8).float() + 1e-3 * torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
-    shuffled = by_class[torch.cat([(labels == c).nonzero().squeeze(1).roll(1) for c in range(8)])[labels.argsort(stable=True).argsort()]]
+    rolled = torch.cat([(labels == c).nonzero().squeeze(1).roll(1) for c in range(8)])     # within each class
+    shuffled = by_class[rolled[labels.argsort(stable=True).argsort()]]
     value, chance = retrieval.recall_in_class(by_class @ shuffled.T, labels)
     assert chance == pytest.approx(10) and value < 30
     assert retrieval.recall(by_class @ shuffled.T)["R@10"] > 50
@@ -114,6 +115,13 @@ def test_views_are_averaged_as_probabilities():
     assert torch.allclose(probe.average(scores, targets), expected)
 
 
+def test_an_exact_name_wins_over_an_id_and_no_clip_is_taken_twice(tmp_path):
+    names = ["recording_1.mp4", "recording_10.mp4", "recording_100.mp4"]
+    (tmp_path / "ids.txt").write_text("recording_1\nrecording_10.mp4\nrecording_1\n")
+    chosen = retrieval.choose(data.make_listing("x", "", names, None, []), str(tmp_path / "ids.txt"))
+    assert [bytes(f).decode() for f in chosen.files] == names[:2]
+
+
 def listing_of(labels, classes, multilabel=False):
     return data.make_listing("x", "", [f"{i:011d}_000001.mp4" for i in range(len(labels))], labels, classes, multilabel)
 
@@ -122,7 +130,8 @@ def test_retrieval_draws_five_clips_of_each_class_with_a_seed():
     listing = listing_of([[i % 7] for i in range(100)], "abcdefg")
     chosen = retrieval.choose(listing, "5", 0)
     assert len(chosen) == 35 and np.bincount(chosen.labels).tolist() == [5] * 7
-    assert (retrieval.choose(listing, "5", 0).files == chosen.files).all() and (retrieval.choose(listing, "5", 1).files != chosen.files).any()
+    assert (retrieval.choose(listing, "5", 0).files == chosen.files).all()
+    assert (retrieval.choose(listing, "5", 1).files != chosen.files).any()
 
 
 def test_a_clip_with_several_labels_counts_for_its_rarest():

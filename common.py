@@ -386,7 +386,7 @@ def start_process(device="auto"):
 
 @contextlib.contextmanager
 def one_thread():
-    """Small operations are done sooner by one thread than shared out (toy: a mel 5 instead of 100 ms, a linear head a third)."""
+    """Small operations are done sooner by one thread than shared out (a linear head of the toy: in a third of the time)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -639,7 +639,7 @@ def common_flags(parser, method):
     add("--resume", default="auto", metavar="auto|FILE", help="auto goes on from --out; or a checkpoint of the same recipe")
     add("--fresh", action="store_true", help="start over, whatever lies in --out")
     add("--compile", action="store_true", help="torch.compile the encoder")
-    add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
+    add("--checkpoint-activations", action="store_true", help="less memory: the backward pass computes each block again")
     add("--log-every", type=int, default=10, help="steps between two rows of the log")
     add("--save-every", type=int, default=500, help="steps between two checkpoints")
     add("--max-bad", type=float, default=0.1, help="stop when more than this share of the clips does not decode")

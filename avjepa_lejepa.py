@@ -57,16 +57,16 @@ MEL_STATS = {"toy": (-17.9, 17.1), "vggsound": (-20.437, 24.496)}      # dB; oth
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
     common.common_flags(parser, METHOD)
     add = parser.add_argument
-    add("--lam", type=float, help="weight of SIGReg, 0 to 1; the invariance has 1 - lam")
+    add("--lam", type=float, help="weight of SIGReg, 0 to 1; the invariance has 1 - lam (default: the recipe's)")
     add("--absent", choices=("zero", "drop"), default="zero", help="absent modality: input at zero (paper), or no tokens (LeAVJEPA)")
     add("--local", choices=("modality", "dropout", "joint", "none"), default="modality",
         help="local views: one audio-only and one video-only (paper), each loses one at random, both keep both, or no local views")
-    add("--seconds", type=float, help="length of a view")
-    add("--frames", type=int, help="video frames of a view")
-    add("--mel-mean", type=float, help="of the mel in dB over the data; see python data.py --stats")
+    add("--seconds", type=float, help="length of a view (default: the recipe's)")
+    add("--frames", type=int, help="video frames of a view (default: the recipe's)")
+    add("--mel-mean", type=float, help="of the mel in dB over the data; see python data.py --stats (default: the authors', by the data set)")
     add("--mel-std", type=float)
     args = parser.parse_args(argv)
     column = ("paper", "toy").index(args.recipe or ("toy" if args.data == "toy" else "paper"))

@@ -6,7 +6,7 @@ From top to bottom: encoder, masks, EMA, SIGReg, schedules, health, processes, c
     encoder = common.load_encoder("runs/avjepa_lejepa-toy-seed0/latest.pt")       # frozen, of any of the methods
     tokens, embedding = encoder(video=video, audio=audio)                         # or one of the two alone
 """
-import contextlib, json, math, os, signal, subprocess, sys
+import argparse, contextlib, json, math, os, signal, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -620,6 +620,12 @@ def draw_curves(out, names, title):
     plt.close(fig)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults that are values; where the recipe or the machine decides, the text says so."""
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def common_flags(parser, method):
     """The flags that all four scripts share, with the same meaning."""
     add = parser.add_argument
@@ -627,12 +633,12 @@ def common_flags(parser, method):
     add("--data-dir", help="folder with the clips and the csv files (toy: where to write them)")
     add("--out", help=f"folder of the run (default: runs/{method}-DATA-seedSEED)")
     add("--recipe", choices=("toy", "paper"), help="values of the table at the top (default: toy for --data toy, else paper)")
-    add("--size", help=f"ViT: {', '.join(SIZES)}")
-    add("--steps", type=int, help="optimiser steps (instead of --epochs)")
-    add("--epochs", type=float, help="passes over the data")
-    add("--batch-size", type=int, help="clips a step, over all processes")
+    add("--size", help=f"ViT: {', '.join(SIZES)} (default: the recipe's)")
+    add("--steps", type=int, help="optimiser steps (instead of --epochs) (default: the recipe's)")
+    add("--epochs", type=float, help="passes over the data (default: the recipe's)")
+    add("--batch-size", type=int, help="clips a step, over all processes (default: the recipe's)")
     add("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")
-    add("--lr", type=float, help="peak learning rate")
+    add("--lr", type=float, help="peak learning rate (default: the recipe's)")
     add("--workers", type=int, help="processes that decode, for each training process (default: by the number of cores)")
     add("--device", default="auto", help="auto, cpu, mps or cuda")
     add("--seed", type=int, default=0)

@@ -323,7 +323,7 @@ def toy_report(run, data_dir, process, workers):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
     add = parser.add_argument
     add("--ckpt", required=True, help="folder of a run, or its latest.pt")
     add("--data", required=True, help=", ".join(data.NAMES))

@@ -149,7 +149,7 @@ def query(encoder, file, folder, top, views, workers, process, projected=True, s
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
     add = parser.add_argument
     add("--ckpt", required=True, help="folder of a run, or its latest.pt")
     add("--data", help="toy, audioset, vggsound or folder")

@@ -66,7 +66,7 @@ def get_args(argv=None):
         help="local views: one audio-only and one video-only (paper), each loses one at random, both keep both, or no local views")
     add("--seconds", type=float, help="length of a view (default: the recipe's)")
     add("--frames", type=int, help="video frames of a view (default: the recipe's)")
-    add("--mel-mean", type=float, help="of the mel in dB over the data; see python data.py --stats (default: the authors', by the data set)")
+    add("--mel-mean", type=float, help="of the mel in dB over the data; see python data.py --stats (default: the authors', by data set)")
     add("--mel-std", type=float)
     args = parser.parse_args(argv)
     column = ("paper", "toy").index(args.recipe or ("toy" if args.data == "toy" else "paper"))

@@ -354,11 +354,6 @@ class Process:
         if dist.is_initialized():
             dist.barrier()
 
-    def wait(self):
-        """Until the device has done what was asked of it, for timing."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 def start_process(device="auto"):
     """Pick the device ('auto': CUDA, then MPS, then CPU), and join the process group if torchrun started us."""

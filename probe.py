@@ -173,6 +173,7 @@ def predict(head, x, device, batch=256):
 
 def average(scores, targets):
     """(N, views, C) scores -> (N, C) probabilities, the mean over the views."""
+    # unspecified: the authors average test clips; whether scores or probabilities is not said
     return (scores.softmax(-1) if targets.ndim == 1 else scores.sigmoid()).mean(1)
 
 
@@ -373,7 +374,7 @@ def main(argv=None):
         raise UserError("--baseline raw has no tokens and nothing to train; use --probe linear")
     if len(train) < 3:
         raise UserError(f"{train.name}: {len(train)} training clips; a probe needs at least 3")
-    batch, epochs = (64, 13) if finetune else frozen_schedule(len(train))
+    batch, epochs = (64, 13) if finetune else frozen_schedule(len(train))       # unspecified: the batch of fine-tuning
     args.batch_size, args.epochs = args.batch_size or batch, args.epochs or epochs
     if finetune or args.probe == "attentive" and gigabytes > args.cache_gb:
         if not finetune:

@@ -64,32 +64,18 @@ def get_args(argv=None):
     add("--absent", choices=("zero", "drop"), default="zero", help="absent modality: input at zero (paper), or no tokens (LeAVJEPA)")
     add("--local", choices=("modality", "dropout", "joint", "none"), default="modality",
         help="local views: one audio-only and one video-only (paper), each loses one at random, both keep both, or no local views")
-    add("--seconds", type=float, help="length of a view (default: the recipe's)")
     add("--frames", type=int, help="video frames of a view (default: the recipe's)")
     add("--mel-mean", type=float, help="of the mel in dB over the data; see python data.py --stats (default: the authors', by data set)")
     add("--mel-std", type=float)
     args = parser.parse_args(argv)
-    column = ("paper", "toy").index(args.recipe or ("toy" if args.data == "toy" else "paper"))
-    recipe = {name: row[column] for name, row in RECIPE.items()}
-    if args.data == "vggsound" and column == 0:
+    recipe = common.read_recipe(args, METHOD, RECIPE, ("lam", "frames", "seconds"))
+    if args.data == "vggsound" and recipe["epochs"] == RECIPE["epochs"][0] and args.epochs is None:
         recipe["epochs"] = 50
-    if args.steps is not None or args.epochs is not None:
-        recipe["steps"], recipe["epochs"] = args.steps, args.epochs
-    for name in ("size", "batch_size", "lr", "lam", "seconds", "frames"):
-        if getattr(args, name) is not None:
-            recipe[name] = getattr(args, name)
     mean, std = MEL_STATS.get(args.data, (data.Inputs.mel_mean, data.Inputs.mel_std))
     recipe.update(mel_mean=mean if args.mel_mean is None else args.mel_mean, mel_std=std if args.mel_std is None else args.mel_std,
-                  absent=args.absent, local=args.local, accumulate=args.accumulate, data=args.data, seed=args.seed)
-    check = common.check_range
-    check("--lam", recipe["lam"], 0, 1), check("--lr", recipe["lr"], 0, 10), check("--batch-size", recipe["batch_size"], 2, 10 ** 6)
-    check("--steps", 1 if recipe["steps"] is None else recipe["steps"], 1, 10 ** 9)
-    check("--epochs", 1 if recipe["epochs"] is None else recipe["epochs"], 1e-6, 10 ** 6)
-    check("--seconds", recipe["seconds"], 0.1, 3600), check("--mel-std", recipe["mel_std"], 1e-6, 1e6)
-    check("--accumulate", args.accumulate, 1, 10 ** 6), check("--frames", recipe["frames"], 1, 4096)
-    check("--log-every", args.log_every, 1, 10 ** 9), check("--save-every", args.save_every, 1, 10 ** 9)
-    check("--workers", args.workers or 0, 0, 1024), check("--max-bad", args.max_bad, 0, 1), check("--seed", args.seed, 0, 2 ** 31)
-    args.out = args.out or f"runs/{METHOD}-{args.data}-seed{args.seed}"
+                  absent=args.absent, local=args.local)
+    common.check_range("--lam", recipe["lam"], 0, 1), common.check_range("--frames", recipe["frames"], 1, 4096)
+    common.check_range("--mel-std", recipe["mel_std"], 1e-6, 1e6)
     return args, recipe
 
 

@@ -36,12 +36,13 @@ SIZES = {  # name: (dim, depth, heads, mlp)
     "large": (1024, 24, 16, 4096), "huge": (1280, 32, 16, 5120), "giant": (1408, 40, 22, 6144)}
 
 
-def attention(q, k, v):
-    """(B, heads, N, d) -> the same. On a CPU in float32: there the backward pass in bf16 takes three times as long."""
+def attention(q, k, v, mask=None):
+    """(B, heads, N, d) -> the same; mask (B, 1, N, N), True: attend. On a CPU in float32: there the backward pass in bf16 takes three
+    times as long."""
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class Block(nn.Module):
@@ -54,9 +55,9 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, mlp), nn.Linear(mlp, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
-        y = attention(q, k, v).transpose(1, 2).flatten(2)                                           # (B, N, D)
+        y = attention(q, k, v, mask).transpose(1, 2).flatten(2)                                     # (B, N, D)
         x = x + self.dropout(self.proj(y))
         return x + self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(self.norm2(x))))))
 
@@ -68,10 +69,13 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, mlp, dropout) for _ in range(depth))
         self.checkpoint = checkpoint
 
-    def forward(self, x):
+    def forward(self, x, mask=None, layers=None):
+        """(B, N, D) -> the same; or, with layers (indices of blocks), the outputs of those, a list."""
+        outputs = []
         for block in self.blocks:
-            x = recompute(block, x, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else block(x)
-        return x
+            x = recompute(block, x, mask, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else block(x, mask)
+            outputs.append(x)
+        return x if layers is None else [outputs[layer] for layer in layers]
 
 
 def init_weights(module):
@@ -96,11 +100,35 @@ def sincos(grid, dim):
     return F.pad(out, (0, dim - out.shape[1]))
 
 
+class Positions(nn.Module):
+    """The positions of a grid (F, T) of audio or (T, H, W) of video: (N, dim).
+
+    kind: 'factorised' (learned; video: time + space, audio: frequency + time) or 'sincos' (fixed)."""
+    def __init__(self, grid, dim, kind="factorised"):
+        super().__init__()
+        self.grid, self.kind = tuple(grid), kind
+        if kind == "factorised":
+            first, *rest = grid
+            self.first = nn.Parameter(torch.randn(first, 1, dim) * 0.02)              # video time, or audio frequency
+            self.rest = nn.Parameter(torch.randn(1, math.prod(rest), dim) * 0.02)     # video space, or audio time
+        else:
+            self.register_buffer("fixed", sincos(grid, dim), persistent=False)
+
+    def forward(self, columns=None):
+        """columns: length of the last axis, if other than in training: fewer have the first columns, more interpolated ones."""
+        x = (self.first + self.rest).flatten(0, 1) if self.kind == "factorised" else self.fixed           # (N, dim)
+        if columns in (None, self.grid[-1]):
+            return x
+        x = x.unflatten(0, (-1, self.grid[-1]))                                                           # (rows, columns, dim)
+        if columns < self.grid[-1]:
+            return x[:, :columns].flatten(0, 1)
+        return F.interpolate(x.transpose(1, 2), columns, mode="linear").transpose(1, 2).flatten(0, 1)
+
+
 class Patches(nn.Module):
     """Cut a signal into patches, map each to dim, add its position. (B, C, *shape) -> (B, N, dim)
 
     shape: (F, T) of a spectrogram or (T, H, W) of a video; patch: as many sides; what is left over at the end is cut off.
-    positions: 'factorised' (learned; video: time + space, audio: frequency + time) or 'sincos' (fixed).
     """
     def __init__(self, channels, shape, patch, dim, positions="factorised"):
         super().__init__()
@@ -108,28 +136,21 @@ class Patches(nn.Module):
         self.grid = tuple(n // p for n, p in zip(shape, patch))
         conv = nn.Conv3d if len(patch) == 3 else nn.Conv2d
         self.proj = conv(channels, dim, self.patch, stride=self.patch)
-        self.positions = positions
-        if positions == "factorised":
-            first, *rest = self.grid
-            self.first = nn.Parameter(torch.randn(first, 1, dim) * 0.02)              # video time, or audio frequency
-            self.rest = nn.Parameter(torch.randn(1, math.prod(rest), dim) * 0.02)     # video space, or audio time
-        else:
-            self.register_buffer("fixed", sincos(self.grid, dim), persistent=False)
+        self.positions = Positions(self.grid, dim, positions)
 
     @property
     def num(self):
         return math.prod(self.grid)
 
-    def position(self):
-        return (self.first + self.rest).flatten(0, 1) if self.positions == "factorised" else self.fixed   # (N, dim)
-
     def forward(self, x, batch=None):
-        """x None: the tokens of an input of zeros (a patch of zeros is mapped to the bias), for `batch` samples."""
+        """x None: the tokens of an input of zeros (a patch of zeros is mapped to the bias), for `batch` samples. A mel may be longer
+        or shorter than those of training."""
         if x is None:
-            return (self.proj.bias + self.position()).expand(batch, -1, -1)
-        if tuple(x.shape[2:]) != self.shape:
-            raise UserError(f"the encoder takes an input of {self.shape}, not of {tuple(x.shape[2:])}; prepare it with data.load_clip")
-        return self.proj(x).flatten(2).transpose(1, 2) + self.position()                                  # (B, N, dim)
+            return (self.proj.bias + self.positions()).expand(batch, -1, -1)
+        shape = tuple(x.shape[2:])
+        if len(self.patch) == 3 and shape != self.shape or shape[0] != self.shape[0] or shape[-1] < self.patch[-1]:
+            raise UserError(f"the encoder takes an input of {self.shape}, not of {shape}; prepare it with data.load_clip")
+        return self.proj(x).flatten(2).transpose(1, 2) + self.positions(shape[-1] // self.patch[-1])      # (B, N, dim)
 
 
 class ViT(nn.Module):
@@ -172,13 +193,15 @@ class ViT(nn.Module):
                 tokens.append(t if self.modality is None else t + self.modality[which])
         return torch.cat(tokens, 1)
 
-    def forward(self, video=None, audio=None, visible=None):
-        """video (B, 3, T, H, W) and/or audio (B, 1, F, T); visible (B, K): the token indices to run, of those of `embed`.
-        Returns (B, [1 +] N or K, dim), CLS first."""
+    def forward(self, video=None, audio=None, visible=None, mask=None, layers=None):
+        """video (B, 3, T, H, W) and/or audio (B, 1, F, T); visible (B, K): the token indices to run, of those of `embed`; mask: of
+        `attention`. Returns (B, [1 +] N or K, dim), CLS first; with layers (indices of blocks) their outputs side by side, each
+        through the last norm: (B, [1 +] N or K, len(layers) dim)."""
         x = self.embed(video, audio)                                                        # (B, N, D)
         x = x if visible is None else gather(x, visible)                                    # (B, K, D)
         x = x if self.cls is None else torch.cat([self.cls.expand(len(x), -1, -1), x], 1)   # (B, 1 + N, D)
-        return self.norm_out(self.transformer(self.dropout(self.norm_in(x))))
+        x = self.transformer(self.dropout(self.norm_in(x)), mask, layers)
+        return self.norm_out(x) if layers is None else torch.cat([self.norm_out(h) for h in x], -1)
 
     def read_out(self, x, video=True, audio=True):
         """The output of `forward` on all tokens -> (tokens of the modalities that were given, clip embedding (B, D)): CLS where
@@ -207,16 +230,31 @@ def gather(x, index):
 # 2. Masks: geometry only; which blocks a method draws stands in its script
 # ---------------------------------------------------------------------------------------------------------------------
 
-def draw_block(rng, grid, scale, aspect):
-    """A random block (top, left, height, width) of a (rows, columns) grid. Its area is U[scale] of the grid, its width over
-    its height U[aspect] (two draws, not one); a side that the grid cuts hands its excess to the other, so that the area stays
-    as drawn. Each place that fits is equally likely, the last row and column included."""
+def block_size(rng, grid, scale, aspect):
+    """(height, width) of a random block of a (rows, columns) grid. Its area is U[scale] of the grid, its width over its height
+    U[aspect] (two draws, not one); a side that the grid cuts hands its excess to the other, so that the area stays as drawn."""
     rows, cols = grid
     area, a = rng.uniform(*scale) * rows * cols, rng.uniform(*aspect)
     height = min(max(math.sqrt(area / a), area / cols), rows)
     height = min(max(1, round(height)), rows)
-    width = min(max(1, round(area / height)), cols)
-    return int(rng.integers(rows - height + 1)), int(rng.integers(cols - width + 1)), height, width
+    return height, min(max(1, round(area / height)), cols)
+
+
+def draw_block(rng, grid, scale, aspect):
+    """A random block (top, left, height, width), sized by block_size. Each place that fits is equally likely, the last row and column
+    included."""
+    height, width = block_size(rng, grid, scale, aspect)
+    return int(rng.integers(grid[0] - height + 1)), int(rng.integers(grid[1] - width + 1)), height, width
+
+
+def place_apart(rng, mask, size):
+    """A block (top, left, height, width) of the size (height, width) where it lies least on what `mask` hides: one of those places,
+    each equally likely."""
+    (height, width), total = size, np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
+    total[1:, 1:] = mask.cumsum(0).cumsum(1)                            # hidden above and left of each corner
+    overlap = total[height:, width:] - total[:-height, width:] - total[height:, :-width] + total[:-height, :-width]
+    top, left = divmod(int(rng.choice(np.flatnonzero(overlap == overlap.min()))), overlap.shape[1])
+    return top, left, height, width
 
 
 def cover(grid, blocks):
@@ -227,11 +265,13 @@ def cover(grid, blocks):
     return mask
 
 
-def meet_count(rng, mask, count):
+def meet_count(rng, mask, count, keep=None):
     """Hide or free random single patches until `count` are hidden: all samples of a batch then have the same length, and no
-    part of the grid is cut off to get there. Returns a new mask of the same shape."""
+    part of the grid is cut off to get there. Those of `keep` stay hidden. Returns a new mask of the same shape."""
     flat = mask.flatten()
-    change = rng.permutation(np.flatnonzero(flat == (flat.sum() > count)))[:abs(int(flat.sum()) - count)]
+    free = flat == (flat.sum() > count)
+    free = free if keep is None else free & ~keep.flatten()
+    change = rng.permutation(np.flatnonzero(free))[:abs(int(flat.sum()) - count)]
     flat[change] = ~flat[change]
     return flat.reshape(mask.shape)
 
@@ -621,6 +661,28 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
+def read_recipe(args, method, table, flags):
+    """The column of a recipe's table {name: (paper, toy, source)} that a run takes, with the flags that were given (of `flags` and of
+    those that all scripts share) in place of its values. Checks the shared flags; sets args.out where it was left open."""
+    column = ("paper", "toy").index(args.recipe or ("toy" if args.data == "toy" else "paper"))
+    recipe = {name: row[column] for name, row in table.items()}
+    if args.steps is not None or args.epochs is not None:
+        recipe["steps"], recipe["epochs"] = args.steps, args.epochs
+    for name in ("size", "batch_size", "lr", *flags):
+        if getattr(args, name) is not None:
+            recipe[name] = getattr(args, name)
+    check_range("--lr", recipe["lr"], 0, 10), check_range("--batch-size", recipe["batch_size"], 2, 10 ** 6)
+    check_range("--steps", 1 if recipe["steps"] is None else recipe["steps"], 1, 10 ** 9)
+    check_range("--epochs", 1 if recipe["epochs"] is None else recipe["epochs"], 1e-6, 10 ** 6)
+    check_range("--seconds", recipe["seconds"], 0.1, 3600), check_range("--accumulate", args.accumulate, 1, 10 ** 6)
+    check_range("--log-every", args.log_every, 1, 10 ** 9), check_range("--save-every", args.save_every, 1, 10 ** 9)
+    check_range("--workers", args.workers or 0, 0, 1024), check_range("--max-bad", args.max_bad, 0, 1)
+    check_range("--seed", args.seed, 0, 2 ** 31)
+    recipe.update(accumulate=args.accumulate, data=args.data, seed=args.seed)
+    args.out = args.out or f"runs/{method}-{args.data}-seed{args.seed}"
+    return recipe
+
+
 def common_flags(parser, method):
     """The flags that all four scripts share, with the same meaning."""
     add = parser.add_argument
@@ -634,6 +696,7 @@ def common_flags(parser, method):
     add("--batch-size", type=int, help="clips a step, over all processes (default: the recipe's)")
     add("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")
     add("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    add("--seconds", type=float, help="length of a view (default: the recipe's)")
     add("--workers", type=int, help="processes that decode, for each training process (default: by the number of cores)")
     add("--device", default="auto", help="auto, cpu, mps or cuda")
     add("--seed", type=int, default=0)

@@ -7,8 +7,8 @@ timestamps. From top to bottom: read a clip, turn it into tensors, list a data s
     python data.py --data vggsound --data-dir vggsound/ --check       # what is there, missing, unreadable
     python data.py --data folder --data-dir clips/ --stats            # mean and std of the mel, for --mel-mean/--mel-std
 """
-import argparse, atexit, csv, functools, hashlib, json, math, multiprocessing, os, shutil, signal, tempfile
-from dataclasses import dataclass, field
+import argparse, atexit, csv, functools, hashlib, json, math, multiprocessing, os, shutil, signal, tempfile, warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,26 +185,38 @@ class Inputs:
     hop: int = 160
     window: str = "hamming"         # or "hann"
     n_mels: int = 128
-    mel_mean: float = -17.977       # of the mel in dB: AudioSet (authors' code); see python data.py --stats
-    mel_std: float = 24.468
+    log: str = "db"                 # decibel, floor at -100; or "ln": log(mel + 1e-6)
+    mel_mean: float | tuple = -17.977       # one for all bins (dB, AudioSet, authors' code), or one for each; python data.py --stats
+    mel_std: float | tuple = 24.468
+    columns: int | None = None      # frames of the mel, what is missing filled with silence; None: as many as the seconds give
 
     @property
     def mel_frames(self):
-        return round(self.seconds * self.sample_rate) // self.hop + 1
+        return self.columns or round(self.seconds * self.sample_rate) // self.hop + 1
+
+    def at(self, seconds, patch):
+        """The same for views of another length, the mel padded to whole patches of `patch` frames."""
+        other = replace(self, seconds=seconds, columns=None)
+        return self if seconds == self.seconds else replace(other, columns=math.ceil(other.mel_frames / patch) * patch)
 
 
 class LogMel(torch.nn.Module):
-    """(..., samples) -> (..., 1, F, T): mel power in dB (floor at -100 dB), minus the mean, over the std."""
+    """(..., samples) -> (..., 1, F, T): mel power, padded with silence to inputs.columns, its log, minus the mean, over the std."""
     def __init__(self, inputs):
         super().__init__()
-        self.mean, self.std = inputs.mel_mean, inputs.mel_std
+        self.mean, self.std = (torch.tensor(x).view(-1, 1) for x in (inputs.mel_mean, inputs.mel_std))         # (1 or F, 1)
+        self.decibel, self.columns = inputs.log == "db", inputs.columns
         window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[inputs.window]
-        self.mel = torchaudio.transforms.MelSpectrogram(inputs.sample_rate, inputs.n_fft, inputs.win_length, inputs.hop,
-                                                        n_mels=inputs.n_mels, window_fn=window, power=2.0)
-        self.decibel = torchaudio.transforms.AmplitudeToDB("power")
+        with warnings.catch_warnings():                                 # 128 bins of 512 samples: the lowest filter is empty
+            warnings.filterwarnings("ignore", message="At least one mel filterbank")
+            self.mel = torchaudio.transforms.MelSpectrogram(inputs.sample_rate, inputs.n_fft, inputs.win_length, inputs.hop,
+                                                            n_mels=inputs.n_mels, window_fn=window, power=2.0)
 
     def forward(self, wave):
-        return (self.decibel(self.mel(wave)).unsqueeze(-3) - self.mean) / self.std
+        mel = self.mel(wave)                                                                                    # (..., F, T)
+        mel = torch.nn.functional.pad(mel, (0, max(0, (self.columns or 0) - mel.shape[-1])))
+        mel = 10 * mel.clamp_min(1e-10).log10() if self.decibel else (mel + 1e-6).log()
+        return ((mel - self.mean) / self.std).unsqueeze(-3)                                                     # (..., 1, F, T)
 
 
 def crop_transform(inputs, crop):
@@ -815,18 +827,19 @@ def check(listing, workers):
 
 
 def mel_stats(listing, inputs, workers, most):
-    """(mean, std) of the mel in dB over the middle of at most `most` clips, drawn with seed 0; clips without sound are left out."""
+    """(means, stds), each (F,) float64, of the mel's bins over the middle of at most `most` clips, drawn with seed 0; clips without
+    sound are left out."""
     some = np.random.default_rng(0).permutation(len(listing))[:most]
-    plain = Inputs(**{**inputs.__dict__, "mel_mean": 0.0, "mel_std": 1.0})
+    plain = replace(inputs, mel_mean=0.0, mel_std=1.0, columns=None)
     loader = eval_loader(listing.subset(np.sort(some)), plain, functools.partial(_middle_sound, plain.seconds), 1, workers)
     total = square = count = 0.0
     for batch in tqdm(loader, desc="stats", unit="clip"):
         if len(batch["index"]) and batch["has_audio"].all():
-            x = batch["audio"].double()
-            total, square, count = total + x.sum().item(), square + x.square().sum().item(), count + x.numel()
+            x = batch["audio"][0, 0].double()                                                   # (F, T)
+            total, square, count = total + x.sum(1), square + x.square().sum(1), count + x.shape[1]
     if not count:
-        raise UserError(f"--stats: no clip of {listing.name} has a sound that decodes")
-    return total / count, max(square / count - (total / count) ** 2, 0.0) ** 0.5
+        raise UserError(f"{listing.name}: no clip has a sound that decodes, so its mel has no statistics")
+    return total / count, (square / count - (total / count) ** 2).clamp_min(0).sqrt()
 
 
 def _middle_sound(seconds, rng, duration):
@@ -855,7 +868,7 @@ def main(argv=None):
         check(listing, args.workers)
     if args.stats:
         mean, std = mel_stats(listing, Inputs(seconds=args.seconds, n_mels=args.mels, hop=args.hop), args.workers, args.clips)
-        print(f"--mel-mean {mean:.3f} --mel-std {std:.3f}")
+        print(f"--mel-mean {mean.mean():.3f} --mel-std {(std ** 2 + mean ** 2).mean().sub(mean.mean() ** 2).sqrt():.3f}")
     if not (args.check or args.stats):
         print(describe(listing))
 

@@ -297,7 +297,7 @@ def test_sincos_is_the_formula(grid, dim):
 @pytest.mark.parametrize("shape, patch", [((16, 224, 224), (2, 16, 16)), ((128, 801), (16, 16)), ((128, 1024), (16, 16))])
 def test_each_place_has_a_position_of_its_own(shape, patch, positions):
     torch.manual_seed(0)
-    place = Patches(1, shape, patch, 192, positions).position().detach()
+    place = Patches(1, shape, patch, 192, positions).positions().detach()
     assert place.shape == (math.prod(n // p for n, p in zip(shape, patch)), 192)
     distance = torch.cdist(place, place) + 1e3 * torch.eye(len(place))
     assert distance.min() > 0.05
@@ -316,12 +316,13 @@ def test_token_i_is_the_linear_map_of_patch_i_plus_its_position(channels, shape,
         if positions == "sincos":
             here = torch.tensor(slow_sincos(grid, 32)[i], dtype=torch.float32)
         else:
-            here = patches.first[place[0], 0] + patches.rest[0, np.ravel_multi_index(place[1:], grid[1:])]
+            here = patches.positions.first[place[0], 0] + patches.positions.rest[0, np.ravel_multi_index(place[1:], grid[1:])]
         torch.testing.assert_close(tokens[:, i], cut.flatten(1) @ weight.T + patches.proj.bias + here, atol=1e-5, rtol=1e-5)
 
 
 def test_an_input_of_another_shape_is_refused():
-    assert "(8, 22)" in fails(nano_vit(), audio=random(1, 1, 8, 21), match="8, 21")
+    assert "(8, 22)" in fails(nano_vit(), audio=random(1, 1, 9, 22), match="9, 22")        # other mel bins
+    fails(nano_vit(), audio=random(1, 1, 8, 1), match="8, 1")                               # shorter than a patch
     fails(nano_vit(), video=random(1, 3, 4, 16, 24), match="4, 16, 24")
 
 
@@ -770,7 +771,7 @@ def test_weight_decay_takes_linear_maps_and_convolutions_and_spares_all_else():
     assert sorted(ids) == sorted(id(p) for p in model.parameters()) and len(set(ids)) == len(ids)
     maps = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))}
     assert {id(p) for p in decayed["params"]} == maps
-    learned = [model.encoder.cls, model.encoder.modality, model.encoder.video.first, model.encoder.audio.rest]
+    learned = [model.encoder.cls, model.encoder.modality, model.encoder.video.positions.first, model.encoder.audio.positions.rest]
     assert {id(p) for p in learned} < {id(p) for p in spared["params"]}
 
 

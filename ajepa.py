@@ -33,26 +33,26 @@ RECIPE = {
     "size":         ("base",               "toy",          "seed: ViT-B, 12 x 768, 12 heads, MLP 3072"),
     "seconds":      (10.0,                 3.84,           "seed: length of a clip, padded or cropped"),
     "n_fft":        (512,                  512,            "seed: 16 kHz, window of 400 samples; log(mel + 1e-6)"),
-    "hop":          (160,                  320,            "seed: samples from one mel frame to the next"),
-    "n_mels":       (128,                  128,            "seed"),
-    "columns":      (1024,                 192,            "seed: 10 s are 1,001 frames, padded to 1,024"),
+    "hop":          (160,                  160,            "seed: samples from one mel frame to the next"),
+    "n_mels":       (128,                  64,             "seed"),
+    "columns":      (1024,                 384,            "seed: 10 s are 1,001 frames, padded to 1,024"),
     "std_floor":    (0.1,                  0.1,            ""),    # unspecified: the lowest filter is empty, its std is 0
     "stats_clips":  (10000,                512,            ""),    # differs: a sample of the training set, drawn with seed 0
-    "mel_patch":    ((16, 16),             (16, 16),       "seed: 8 x 64 = 512 tokens"),
+    "mel_patch":    ((16, 16),             (16, 16),       "seed: 8 x 64 = 512 tokens (toy: 4 x 24 = 96)"),
     "pos":          ("learned",            "learned",      "seed (paper: sincos)"),     # unspecified: frequency + time
     "masking":      ("multiblock",         "multiblock",   "seed: 4 blocks a clip"),
     "block_scale":  ((0.15, 0.2),          (0.15, 0.2),    "seed: area of a block, of the grid"),
     "block_aspect": ((0.75, 1.5),          (0.75, 1.5),    "seed: time over frequency"),    # unspecified: see block_sizes
     "hidden":       ((0.6, 0.75),          (0.6, 0.75),    "seed: share that the union of the blocks hides"),
-    "pred_depth":   (6,                    3,              "seed (paper: 16)"),
+    "pred_depth":   (6,                    3,              "seed (paper: 16); with this width 11 M parameters, not the seed's ~22 M"),
     "pred_dim":     (384,                  64,             "seed: 12 heads, 32 dimensions each (paper: 512)"),
     "loss":         ("smooth_l1",          "smooth_l1",    "seed: beta 1 (paper: l2)"),
-    "tau":          ((0.996, 0.9999),      (0.99, 0.9999), "seed: EMA momentum, on a cosine"),
+    "tau":          ((0.996, 0.9999),      (0.996, 0.999), "seed: EMA momentum, on a cosine"),
     "batch_size":   (256,                  64,             "seed: effective, across GPUs"),
     "epochs":       (400,                  None,           "seed: 300 to 400"),
     "steps":        (None,                 600,            "by the epochs"),
-    "lr":           (1.5e-4,               2e-3,           "seed: peak; cosine to 0"),
-    "warmup":       (0.1,                  0.1,            "seed: 40 epochs of 400, as a share of the steps"),
+    "lr":           (1.5e-4,               5e-4,           "seed: peak; cosine to 0"),
+    "warmup":       (0.1,                  0.2,            "seed: 40 epochs of 400, as a share of the steps"),
     "betas":        ((0.9, 0.95),          (0.9, 0.95),    "seed: AdamW"),
     "weight_decay": (0.05,                 0.05,           "seed"),    # unspecified: on matrices only
 }
@@ -67,8 +67,8 @@ def get_args(argv=None):
     add("--masking", choices=MASKINGS, help="4 blocks, a single one, random patches, strips of time or of frequency, or the paper's "
         "curriculum from random to time-frequency masks (default: the recipe's)")
     add("--mask-ratio", type=float, help="share of the patches that is hidden (default: drawn from .6 to .75 for each step)")
-    add("--block-aspect", choices=("grid", "patch"), default="grid", help="aspect of a block relative to the grid, or in patches")
-    add("--tf-removes", choices=("time", "freq", "both"), default="both", help="curriculum: what the context loses beside the targets")
+    add("--block-aspect", choices=("grid", "patch"), help="aspect of a block relative to the grid (default), or counted in patches")
+    add("--tf-removes", choices=("time", "freq", "both"), help="curriculum: what the context loses beside the targets (default: both)")
     add("--pred-depth", type=int, help="layers of the predictor (default: the recipe's)")
     add("--pred-dim", type=int, help="width of the predictor, in heads of 32 (default: the recipe's)")
     add("--loss", choices=("smooth_l1", "l2", "l1", "cosine"), help="(default: the recipe's)")
@@ -83,9 +83,13 @@ def get_args(argv=None):
         if recipe["masking"] == "curriculum":
             raise UserError("--mask-ratio: the curriculum has ratios of its own; give another --masking")
         recipe["hidden"] = (args.mask_ratio, args.mask_ratio)
-    if args.seconds is not None:
-        recipe["columns"] = None
-    recipe.update(aspect_of=args.block_aspect, tf_removes=args.tf_removes)
+    if (recipe["seconds"], recipe["columns"]) not in zip(RECIPE["seconds"][:2], RECIPE["columns"][:2]):
+        recipe["columns"] = None                        # another length: as many as it gives, filled up to whole patches
+    if args.tf_removes and recipe["masking"] != "curriculum":
+        raise UserError("--tf-removes has no effect without --masking curriculum")
+    if args.block_aspect and recipe["masking"] in ("random", "time", "freq"):
+        raise UserError(f"--block-aspect has no effect on --masking {recipe['masking']}, which has no blocks")
+    recipe.update(aspect_of=args.block_aspect or "grid", tf_removes=args.tf_removes or "both")
     return args, recipe
 
 
@@ -111,7 +115,7 @@ def block_sizes(rng, grid, recipe):
         return [common.block_size(rng, grid, scale, aspect) for _ in range(4)]
     if recipe["masking"] == "block":
         return [common.block_size(rng, grid, (low, high), aspect)]
-    if recipe["masking"] == "time":                     # unspecified: how many strips; as many as there are blocks, of the same areas
+    if recipe["masking"] == "time":
         return [(rows, min(cols, max(1, round(rng.uniform(*scale) * cols)))) for _ in range(4)]
     return [(min(rows, max(1, round(rng.uniform(*scale) * rows))), cols) for _ in range(4)]
 
@@ -121,12 +125,14 @@ def hide_blocks(rng, grid, recipe, low, high):
     if recipe["masking"] == "random":
         return common.meet_count(rng, np.zeros(grid, bool), int(rng.integers(low, high + 1)))
     # unspecified: four blocks of .15 to .2 that overlap freely hide only 40 to 52 %. Here a block goes where it overlaps the earlier ones
-    # least, and all are drawn anew until their union is in range; where none of 20 draws is (an extreme --mask-ratio), the nearest.
+    # least, and all are drawn anew until their union is in range; where none of 50 draws is (an extreme --mask-ratio), the nearest.
     best = None
-    for _ in range(20):
+    for _ in range(50):
         mask = np.zeros(grid, bool)
         for size in block_sizes(rng, grid, recipe):
-            mask |= common.cover(grid, [common.place_apart(rng, mask, size)])
+            # unspecified: how many strips; of the blocks' areas, at most four, as many as it takes
+            if recipe["masking"] not in ("time", "freq") or mask.sum() < low:
+                mask |= common.cover(grid, [common.place_apart(rng, mask, size)])
         off = max(low - mask.sum(), mask.sum() - high, 0)
         if best is None or off < best[0]:
             best = off, mask
@@ -137,9 +143,10 @@ def hide_blocks(rng, grid, recipe, low, high):
 
 def hide_curriculum(rng, grid, recipe, time_frequency):
     """(targets, what the context lacks), each (rows, columns) bool: the paper's random block mask, or its time-frequency aware one."""
-    aspect = [a * (grid[1] / grid[0] if recipe["aspect_of"] == "grid" else 1) for a in recipe["block_aspect"]]
+    rows, cols = grid
+    aspect = [a * (cols / rows if recipe["aspect_of"] == "grid" else 1) for a in recipe["block_aspect"]]
     count, scale = (3, (0.05, 0.075)) if time_frequency else (4, recipe["block_scale"])
-    while True:
+    for _ in range(1000):
         targets = common.cover(grid, [common.draw_block(rng, grid, scale, aspect) for _ in range(count)])
         hidden = targets.copy()
         if time_frequency and recipe["tf_removes"] in ("time", "both"):
@@ -148,6 +155,8 @@ def hide_curriculum(rng, grid, recipe, time_frequency):
             hidden |= targets.any(1, keepdims=True)
         if not hidden.all():
             return targets, hidden
+    raise UserError(f"--masking curriculum: its masks leave no context on a grid of {rows} x {cols} patches; raise --seconds, or give "
+                    "another --tf-removes")
 
 
 def draw_masks(seed, step, rank, batch, grid, recipe, progress=0.0):
@@ -165,17 +174,19 @@ def draw_masks(seed, step, rank, batch, grid, recipe, progress=0.0):
         num_targets, num_hidden = (int(mask.sum()) for mask in hide_curriculum(own, grid, recipe, time_frequency))
     else:
         low, high = math.ceil(recipe["hidden"][0] * total - 1e-6), math.floor(recipe["hidden"][1] * total + 1e-6)
-        num_hidden = round(recipe["hidden"][0] * total) if low >= high else int(hide_blocks(own, grid, recipe, low, high).sum())
+        fixed = low >= high                             # --mask-ratio
+        num_hidden = round(recipe["hidden"][0] * total) if fixed else int(hide_blocks(own, grid, recipe, low, high).sum())
         num_hidden = num_targets = min(max(1, num_hidden), total - 1)
+        low, high = (0, total) if fixed else (low, high)
     for clip in range(batch):
         rng = stream(rank, 1 + clip)
         if curriculum:
             drawn, lacks = hide_curriculum(rng, grid, recipe, time_frequency)
         else:
-            drawn = lacks = hide_blocks(rng, grid, recipe, num_hidden - near, num_hidden + near)
+            drawn = lacks = hide_blocks(rng, grid, recipe, max(low, num_hidden - near), min(high, num_hidden + near))
         targets = common.meet_count(rng, drawn, num_targets)
         hidden = common.meet_count(rng, lacks | targets, num_hidden, keep=targets)
-        singles += int((hidden != lacks).sum()) / batch / total
+        singles += int(((hidden != lacks) | (targets != drawn)).sum()) / batch / total
         rows.append((np.flatnonzero(~hidden), np.flatnonzero(targets)))
     context, target = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
     return context, target, {"kept": 1 - num_hidden / total, "singles": singles}
@@ -305,7 +316,7 @@ def main(argv=None):
     def save(step):
         if process.main:
             common.save_checkpoint(Path(args.out) / "latest.pt", method=METHOD, step=step, steps=steps, args=vars(args), recipe=recipe,
-                                   inputs=asdict(inputs), encoder=config, projector=None, weights="target_encoder",
+                                   inputs=asdict(inputs), encoder=config, projector=None, weights="context_encoder",
                                    model=model.state_dict(), optimizer=optimizer.state_dict())
 
     wrapped, stop = process.wrap(model), common.StopSignal()

@@ -174,6 +174,8 @@ def main(argv=None):
     model = AVJEPA(config, recipe["projector"], recipe["lam"], recipe["slices"]).to(process.device)
     optimizer = torch.optim.AdamW(common.weight_decay_groups(model, recipe["weight_decay"]))    # unspecified: what decays
 
+    if args.data in data.SOUNDS:
+        raise UserError(f"--data {args.data} has no pictures; ajepa.py trains on sound alone")
     if args.data == "toy" and process.main:
         data.list_clips("toy", args.data_dir)                                       # rank 0 writes the clips, the others wait
     process.barrier()

@@ -528,17 +528,18 @@ def load_weights(module, weights, path):
 class FrozenEncoder(nn.Module):
     """What load_encoder returns. Call: video (B, 3, T, H, W) and/or audio (B, 1, F, T), normalised as data.py delivers them ->
     tokens (B, N, D) of the modalities given, video first, and the clip embedding (B, D). `.inputs` goes into data.load_clip;
-    `.projector` maps the embedding to where the loss was taken, None for a method that has none."""
-    def __init__(self, vit, projector, content):
+    `.projector` maps the embedding to where the loss was taken, None for a method that has none. layers: indices of blocks whose
+    outputs stand side by side in D, instead of the last one's alone."""
+    def __init__(self, vit, projector, content, layers=None):
         super().__init__()
-        self.vit, self.projector, self.dim = vit, projector, vit.dim
+        self.vit, self.projector, self.layers, self.dim = vit, projector, layers, len(layers or [0]) * vit.dim
         self.inputs, self.method, self.step = content["inputs"], content["method"], content["step"]
         self.eval().requires_grad_(False)
 
     def forward(self, video=None, audio=None):
         if video is None and audio is None:
             raise UserError("the encoder needs video, audio or both; the clip has neither")
-        return self.vit.read_out(self.vit(video, audio), video is not None, audio is not None)
+        return self.vit.read_out(self.vit(video, audio, layers=self.layers), video is not None, audio is not None)
 
     def train(self, mode=True):
         return super().train(False)                     # frozen: no dropout, whoever calls .train() around it
@@ -552,19 +553,25 @@ def load_optimizer(optimizer, state, path):
         raise UserError(f"{path}: its optimiser state is of another version of the code; give another --out, or --fresh") from None
 
 
-def load_encoder(path, device="cpu", untrained=False, absent=None):
+def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, weights=None):
     """The encoder of a checkpoint of any method, frozen. untrained: the same architecture as it was initialised, with the run's
-    seed, as a baseline. absent: 'zero' or 'drop', if other than it was trained with."""
+    seed, as a baseline. absent: 'zero' or 'drop', if other than it was trained with. layers: of FrozenEncoder. weights: 'context' or
+    'target', if other than the one that the method evaluates."""
     content = load_checkpoint(path)
+    weights = f"{weights}_encoder" if weights else content["weights"]
+    if not any(k.startswith(weights + ".") for k in content["model"]):
+        raise UserError(f"{path}: {content['method']} has no {weights.replace('_', ' ')} of its own; leave --encoder out")
     with torch.random.fork_rng(devices=[]):             # the caller's random stream stays as it was
         seed_step(content["args"]["seed"], 0)
         vit = ViT(**content["encoder"])
-        projector = mlp(vit.dim, content["projector"]) if content.get("projector") else None
-    for module, name in ((vit, content["weights"]), (projector, "projector")):
+        projector = mlp(vit.dim, content["projector"]) if content.get("projector") and not layers else None
+    for layer in layers or ():
+        check_range("--layers", layer, 0, len(vit.transformer.blocks) - 1)
+    for module, name in ((vit, weights), (projector, "projector")):
         if module is not None and not untrained:
             load_weights(module, {k[len(name) + 1:]: v for k, v in content["model"].items() if k.startswith(name + ".")}, path)
     vit.absent = absent or vit.absent
-    return FrozenEncoder(vit, projector, content).to(device)
+    return FrozenEncoder(vit, projector, content, layers).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -686,7 +693,8 @@ def read_recipe(args, method, table, flags):
 def common_flags(parser, method):
     """The flags that all four scripts share, with the same meaning."""
     add = parser.add_argument
-    add("--data", default="toy", help="toy, audioset, audioset-20k, audioset-full, vggsound or folder")
+    add("--data", default="toy", help="toy, audioset, audioset-20k, audioset-full, vggsound, folder; sound alone: esc50, speechcommands, "
+        "fsd50k")
     add("--data-dir", help="folder with the clips and the csv files (toy: where to write them)")
     add("--out", help=f"folder of the run (default: runs/{method}-DATA-seedSEED)")
     add("--recipe", choices=("toy", "paper"), help="values of the table at the top (default: toy for --data toy, else paper)")

@@ -5,6 +5,7 @@ timestamps. From top to bottom: read a clip, turn it into tensors, list a data s
 
     python data.py --data toy --check                                 # writes the toy clips if they are not there
     python data.py --data vggsound --data-dir vggsound/ --check       # what is there, missing, unreadable
+    python data.py --data esc50 --data-dir ESC-50/ --check            # the same for sets of sound alone
     python data.py --data folder --data-dir clips/ --stats            # mean and std of the mel, for --mel-mean/--mel-std
 """
 import argparse, atexit, csv, functools, hashlib, json, math, multiprocessing, os, shutil, signal, tempfile, warnings
@@ -22,7 +23,8 @@ import torchvision.transforms.v2 as transforms
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-NAMES = ("toy", "audioset", "audioset-20k", "audioset-full", "vggsound", "folder")
+SOUNDS = ("esc50", "speechcommands", "fsd50k")          # sets without pictures
+NAMES = ("toy", "audioset", "audioset-20k", "audioset-full", "vggsound", *SOUNDS, "folder")
 MEDIA = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv", ".ts",
          ".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -188,7 +190,7 @@ class Inputs:
     log: str = "db"                 # decibel, floor at -100; or "ln": log(mel + 1e-6)
     mel_mean: float | tuple = -17.977       # one for all bins (dB, AudioSet, authors' code), or one for each; python data.py --stats
     mel_std: float | tuple = 24.468
-    columns: int | None = None      # frames of the mel, what is missing filled with silence; None: as many as the seconds give
+    columns: int | None = None      # frames of the mel: what is missing is silence; None: as many as the seconds give
 
     @property
     def mel_frames(self):
@@ -201,7 +203,7 @@ class Inputs:
 
 
 class LogMel(torch.nn.Module):
-    """(..., samples) -> (..., 1, F, T): mel power, padded with silence to inputs.columns, its log, minus the mean, over the std."""
+    """(..., samples) -> (..., 1, F, T): mel power, with silence up to inputs.columns, its log, minus the mean, over the std."""
     def __init__(self, inputs):
         super().__init__()
         self.mean, self.std = (torch.tensor(x).view(-1, 1) for x in (inputs.mel_mean, inputs.mel_std))         # (1 or F, 1)
@@ -214,7 +216,7 @@ class LogMel(torch.nn.Module):
 
     def forward(self, wave):
         mel = self.mel(wave)                                                                                    # (..., F, T)
-        mel = torch.nn.functional.pad(mel, (0, max(0, (self.columns or 0) - mel.shape[-1])))
+        mel = torch.nn.functional.pad(mel, (0, (self.columns or mel.shape[-1]) - mel.shape[-1]))        # or cut, if there are more
         mel = 10 * mel.clamp_min(1e-10).log10() if self.decibel else (mel + 1e-6).log()
         return ((mel - self.mean) / self.std).unsqueeze(-3)                                                     # (..., 1, F, T)
 
@@ -352,6 +354,9 @@ class Listing:
     classes: list = field(default_factory=list)
     multilabel: bool = False
     missing: int = 0                        # listed in the csv, not on disk
+    fold: np.ndarray | None = None          # (N,) int8: the set is tested fold by fold, each clip is in both splits
+    held: np.ndarray | None = None          # (N,) bool: the official validation clips of a training split
+    seconds: float | None = None            # length of all clips, where the set fixes it
 
     def __len__(self):
         return len(self.files)
@@ -374,21 +379,23 @@ class Listing:
 
     def subset(self, indices):
         labels = None if self.labels is None else [self.clip_labels(i) for i in indices]
-        return make_listing(self.name, self.root, [self.files[i] for i in indices], labels, self.classes, self.multilabel)
+        fold, held = (None if x is None else x[np.asarray(indices, int)] for x in (self.fold, self.held))
+        return make_listing(self.name, self.root, [self.files[i] for i in indices], labels, self.classes, self.multilabel,
+                            fold=fold, held=held, seconds=self.seconds)
 
 
-def make_listing(name, root, files, labels, classes, multilabel=False, missing=0):
-    """Pack lists into a Listing; labels: one sequence of class indices for each file, or None."""
+def make_listing(name, root, files, labels, classes, multilabel=False, missing=0, **more):
+    """Pack lists into a Listing; labels: one sequence of class indices for each file, or None; more: fold, held, seconds."""
     flat = offsets = None
     if labels is not None:
         flat = np.array([c for row in labels for c in row], np.int16)
         offsets = np.cumsum([0] + [len(row) for row in labels])
     return Listing(name, str(root), np.array([os.fsencode(f) for f in files], dtype=np.bytes_), flat, offsets, list(classes),
-                   multilabel, missing)
+                   multilabel, missing, **more)
 
 
 def list_clips(name, folder=None, split="train"):
-    """The clips of `name` that lie under `folder`. split: 'train' or 'test' (a folder also: 'all'). Raises UserError with what to do."""
+    """The clips of `name` that lie under `folder`. split: 'train', 'test' or 'all'. Raises UserError with what to do."""
     if name not in NAMES:
         raise UserError(f"--data {name}: not a data set; one of {', '.join(NAMES)}")
     if name != "toy" and not folder:
@@ -398,11 +405,20 @@ def list_clips(name, folder=None, split="train"):
         make_toy(folder)
     if not folder.is_dir():
         raise UserError(f"--data-dir {folder}: there is no such folder")
-    listing = {"toy": _list_toy, "vggsound": _list_vggsound, "folder": _list_folder}.get(name, _list_audioset)(name, folder, split)
+    if split == "all" and name not in ("folder", "esc50"):
+        return _join(*(list_clips(name, folder, part) for part in ("train", "test")))
+    listing = {"toy": _list_toy, "vggsound": _list_vggsound, "esc50": _list_esc50, "speechcommands": _list_speechcommands,
+               "fsd50k": _list_fsd50k, "folder": _list_folder}.get(name, _list_audioset)(name, folder, split)
     if len(listing) == 0:
         raise UserError(f"--data {name}: none of the {listing.missing:,} listed clips lies under {folder}" if listing.missing else
                         f"--data {name}: no clip in {folder} for the {split} split")
     return listing
+
+
+def _join(a, b):
+    """Two splits as one listing."""
+    labels = None if a.labels is None else [part.clip_labels(i) for part in (a, b) for i in range(len(part))]
+    return make_listing(a.name, a.root, [*a.files, *b.files], labels, a.classes, a.multilabel, a.missing + b.missing, seconds=a.seconds)
 
 
 def describe(listing):
@@ -417,6 +433,11 @@ def _scan(folder):
         folders.sort()
         found += [os.path.relpath(os.path.join(base, f), folder) for f in files if os.path.splitext(f)[1].lower() in MEDIA]
     return sorted(found)
+
+
+def _stems(folder):
+    """Path without its ending -> file, for all media files below a folder: a set's .wav files may have been packed as .flac."""
+    return {os.path.splitext(f)[0]: f for f in _scan(folder)}
 
 
 def _by_id(folder):
@@ -444,6 +465,16 @@ def _rows(path):
     if not rows:
         raise UserError(f"{path}: the csv is empty")
     return rows
+
+
+def _columns(path, *names):
+    """The named columns of a csv with a header, as a list of tuples."""
+    header, *rows = _rows(path)
+    try:
+        places = [header.index(name) for name in names]
+        return [tuple(row[i] for i in places) for row in rows]
+    except (ValueError, IndexError):
+        raise UserError(f"{path}: its header or a row lacks one of the columns {', '.join(names)}; take the data set's own csv") from None
 
 
 def _list_audioset(name, folder, split):
@@ -484,23 +515,81 @@ def _list_vggsound(name, folder, split):
     return make_listing(name, folder, [f for f, _ in found], [[c] for _, c in found], classes, False, len(rows) - len(found))
 
 
+def _list_esc50(name, folder, split):
+    """All 2,000 clips, whatever the split: the set is tested fold by fold."""
+    path = folder / "meta" / "esc50.csv"
+    rows = _columns(path, "filename", "fold", "target", "category")
+    if any(not (row[1].isdecimal() and row[2].isdecimal() and int(row[1]) < 100) for row in rows):
+        raise UserError(f"{path}: a fold or target is not a whole number; take the data set's own csv")
+    rows = [(os.path.splitext(f)[0], int(fold), int(target), c) for f, fold, target, c in rows]
+    targets = dict(sorted((target, c) for _, _, target, c in rows))
+    if any(targets[target] != c for _, _, target, c in rows) or len(set(targets.values())) < len(targets):
+        raise UserError(f"{path}: a target has two categories, or two targets the same one; take the data set's own csv")
+    number, found = {c: i for i, c in enumerate(targets.values())}, _stems(folder / "audio")
+    there = [row for row in rows if row[0] in found]
+    return make_listing(name, folder, [f"audio/{found[f]}" for f, *_ in there], [[number[c]] for *_, c in there], number, False,
+                        len(rows) - len(there), fold=np.array([fold for _, fold, *_ in there], np.int8), seconds=5.0)
+
+
+def _list_speechcommands(name, folder, split):
+    """Two lists name the validation and the test clips, the rest is for training. The train split holds the validation clips too."""
+    lists = {}
+    for part in ("validation", "testing"):
+        path = folder / f"{part}_list.txt"
+        lists[part] = [os.path.splitext(row[0])[0] for row in _rows(path)]
+        if any(stem.count("/") != 1 for stem in lists[part]):
+            raise UserError(f"{path}: a row is not of the form word/file.wav; take the data set's own list")
+    stems = {"/".join(Path(stem).parts): f for stem, f in _stems(folder).items()}
+    found = {stem: f for stem, f in stems.items() if stem.count("/") == 1 and not stem.startswith("_")}     # _background_noise_
+    words = sorted({stem.split("/")[0] for stem in found})
+    number, validation, testing = {word: i for i, word in enumerate(words)}, set(lists["validation"]), set(lists["testing"])
+    chosen = [stem for stem in found if (stem in testing) == (split == "test")]
+    listed = testing if split == "test" else validation
+    held = None if split == "test" else np.array([stem in validation for stem in chosen], bool)
+    return make_listing(name, folder, [found[stem] for stem in chosen], [[number[stem.split("/")[0]]] for stem in chosen], words, False,
+                        len(listed - found.keys()), held=held, seconds=1.0)
+
+
+def _list_fsd50k(name, folder, split):
+    """train: the development clips, of which the list marks those for validation. test: the evaluation clips."""
+    part, truth = {"train": "dev", "test": "eval"}[split], folder / "FSD50K.ground_truth"
+    try:
+        number = {row[1]: int(row[0]) for row in _rows(truth / "vocabulary.csv")}
+        if sorted(number.values()) != list(range(len(number))):
+            raise ValueError
+    except (IndexError, ValueError):
+        raise UserError(f"{truth / 'vocabulary.csv'}: a row is not of the form index,label,mid, or an index is missing; take the data "
+                        "set's own csv") from None
+    rows = _columns(truth / f"{part}.csv", "fname", "labels", *(["split"] if part == "dev" else []))
+    unknown = [c for row in rows for c in row[1].split(",") if c not in number]
+    if unknown:
+        raise UserError(f"{truth / part}.csv: unknown class {unknown[0]!r}; vocabulary.csv does not list it")
+    if any(row[2:] not in ((), ("train",), ("val",)) for row in rows):
+        raise UserError(f"{truth / part}.csv: a split is neither train nor val; take the data set's own csv")
+    found = _stems(folder / f"FSD50K.{part}_audio")
+    there = [row for row in rows if row[0] in found]
+    held = np.array([row[2] == "val" for row in there], bool) if part == "dev" else None
+    return make_listing(name, folder, [f"FSD50K.{part}_audio/{found[row[0]]}" for row in there],
+                        [[number[c] for c in row[1].split(",")] for row in there], sorted(number, key=number.get), True,
+                        len(rows) - len(there), held=held)
+
+
 def _list_folder(name, folder, split):
     """Sub-folders are the labels; train/ and test/ above them are the splits, otherwise one clip in five, by a hash of its
-    name, is held out for the test. Without sub-folders there are no labels, and all clips are in both splits."""
+    name, is held out for the test. Without sub-folders there are no labels, and all clips are in both splits. 'all' takes each file,
+    and has labels where each has one."""
     files = _scan(folder)
     parts = [Path(f).parts for f in files]
-    if split != "all" and files and all(p[0] in ("train", "test") for p in parts):
-        files, parts = zip(*[(f, p[1:]) for f, p in zip(files, parts) if p[0] == split] or [((), ())])
+    if files and all(p[0] in ("train", "test") for p in parts):
+        keep, parts = [split in (p[0], "all") for p in parts], [p[1:] for p in parts]
         names = sorted({d.name for s in ("train", "test") for d in (folder / s).glob("*") if d.is_dir()})
-        files = list(files) if files != ((),) else []
     else:
         names = sorted({p[0] for p in parts if len(p) > 1})
-        if names and split != "all":
-            keep = [(hashlib.sha256(os.fsencode(f)).digest()[0] % 5 == 0) == (split == "test") for f in files]
-            files, parts = [f for f, k in zip(files, keep) if k], [p for p, k in zip(parts, keep) if k]
-    if not names or split == "all":
-        return make_listing(name, folder, files, None, [])
+        keep = [not names or split == "all" or (hashlib.sha256(os.fsencode(f)).digest()[0] % 5 == 0) == (split == "test") for f in files]
+    files, parts = [f for f, k in zip(files, keep) if k], [p for p, k in zip(parts, keep) if k]
     loose = sum(len(p) == 1 for p in parts)
+    if not names or split == "all" and loose:
+        return make_listing(name, folder, files, None, [])
     if loose:
         print(f"{folder}: {loose:,} files beside the sub-folders have no label and are left out")
     number = {c: i for i, c in enumerate(names)}

@@ -1,14 +1,21 @@
-"""What a frozen encoder knows: linear and attentive probes, fine-tuning, and the baselines to read them by.
+"""What a frozen encoder knows: linear and attentive probes, fine-tuning, the baselines to read them by, and its features in a file.
 
     python probe.py --ckpt runs/avjepa_lejepa-toy-seed0 --data toy --probe linear --modality audio
     python probe.py --ckpt RUN --data vggsound --data-dir vggsound/ --probe attentive --modality av
     python probe.py --ckpt RUN --data audioset-20k --data-dir audioset/ --probe finetune --head attentive
     python probe.py --ckpt RUN --data toy --baseline untrained                       # the same encoder as it was initialised
+    python probe.py --ckpt RUN --data esc50 --data-dir ESC-50/                       # the mean of five folds
+    python probe.py --ckpt RUN --data speechcommands --data-dir speech_commands/ --layers 3 7 11
+    python probe.py --ckpt RUN --data fsd50k --data-dir FSD50K/ --probe finetune --regularised-masking 0.1
+    python probe.py --ckpt RUN --data folder --data-dir clips/ --save-features clips.npz --patch-level
 
-Learning rates are tried on a tenth of the training clips, never on the test; the head that is best there is tested.
-Each result is a row in RUN/probe.jsonl.
+Learning rates are tried on the set's official validation clips, or where it has none on a tenth of the training clips, never on the
+test; the head that is best there is tested. Each result is a row in RUN/probe.jsonl.
+
+--save-features writes an npz with files (N,), clip (N, D) float32, seconds (length of a view), with --patch-level also patch
+(N, views, tokens, D) float16, and where there are labels also labels, (N,) indices or (N, C) zeros and ones, and classes (C,).
 """
-import argparse, contextlib, copy, functools, json, math, time
+import argparse, contextlib, copy, functools, json, math, os, time
 from pathlib import Path
 
 import common, data, retrieval                          # before torch: common sets how its threads wait
@@ -21,6 +28,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 FROZEN_LRS = (1e-3, 1e-2, 1e-1, 1.0)                    # authors' code: 1e-3; each is tried on held-out clips of train
+# Fine-tuning by method: AV-JEPA, authors' code and 13 epochs (seed); A-JEPA, the two rates (seed, section 8).
+FINETUNE = {
+    "avjepa_lejepa": dict(lr=[2e-4], encoder_lr=1e-5, smoothing=0.1, epochs=13, views=6),
+    "ajepa":         dict(lr=[1e-3], encoder_lr=1e-5, smoothing=0.0, epochs=30, views=1)}      # unspecified: epochs, views, weight decay
+LONGEST = {"fsd50k": 30.0}                              # seconds: the test views of a set of very unequal clips cover its longest
 MODALITIES = {"audio": ("audio",), "video": ("video",), "av": ("video", "audio")}
 
 
@@ -137,6 +149,29 @@ def split_off(n, seed, share=0.1):
     return order[cut:], order[:cut]
 
 
+def hold_out(listing, index, seed, needed=True):
+    """(positions to train on, positions to choose by) among the clips `index` of a training listing: its official validation clips
+    are held out, or where it has none a random tenth; that only if it is needed, otherwise (all, None)."""
+    held = np.zeros(len(index), bool) if listing.held is None else listing.held[np.asarray(index)]
+    if (~held).sum() < 2:
+        raise UserError(f"{listing.name}: fewer than two training clips can be read beside {held.sum():,} official validation clips")
+    if held.any():
+        return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
+    return split_off(len(index), seed) if needed else (torch.arange(len(index)), None)
+
+
+def rounds(fold):
+    """For each fold: (positions to train on, positions to test on)."""
+    return [(np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in np.unique(fold)]
+
+
+def join_folds(results):
+    """The results of all folds as one: the mean, and what stands for each fold."""
+    each = {key: [r[key] for r in results] for key in ("value", "lr", "held_out", "N")}
+    return {**results[0], "value": float(np.mean(each["value"])), "folds": each["value"], "lr": each["lr"], "held_out": each["held_out"],
+            "N": sum(each["N"])}
+
+
 def train_heads(heads, batches, steps, lrs, smoothing=0.0, label="probe", progress=True):
     """AdamW without weight decay, cosine to 0, one optimiser for each head: all learning rates in one pass over the features.
     batches: an iterator of (tokens or None, embedding or None, targets)."""
@@ -177,10 +212,12 @@ def average(scores, targets):
     return (scores.softmax(-1) if targets.ndim == 1 else scores.sigmoid()).mean(1)
 
 
-def probe_cached(kind, x, y, x_test, y_test, classes, lrs, epochs, batch, seed, device="cpu", progress=False):
-    """Train heads on cached features, choose the learning rate on a held-out tenth of train, test that head once.
-    Returns dict(metric, value, classes, lr, held_out)."""
-    inner, held = split_off(len(x), seed)
+def probe_cached(kind, x, y, x_test, y_test, classes, lrs, epochs, batch, seed, device="cpu", progress=False, split=None):
+    """Train heads on cached features, choose the learning rate on held-out clips of train, test that head once. split: positions in x
+    to train on and to choose by, by default a random tenth. Returns dict(metric, value, classes, lr, held_out, N)."""
+    inner, held = split or split_off(len(x), seed)
+    if len(inner) < 2:
+        raise UserError(f"{len(inner)} training clips can be read; a probe needs at least 2 beside those that choose the learning rate")
     torch.manual_seed(seed)
     first = HEADS[kind](x.shape[-1], classes).to(device)
     heads = [copy.deepcopy(first) for _ in lrs]
@@ -190,7 +227,7 @@ def probe_cached(kind, x, y, x_test, y_test, classes, lrs, epochs, batch, seed, 
     scores = [measure(average(predict(head, x[held], device), y), y[held])[1] for head in heads]
     best = int(np.argmax(scores))
     name, value, counted = measure(average(predict(heads[best], x_test, device), y_test), y_test)
-    return {"metric": name, "value": value, "classes": counted, "lr": lrs[best], "held_out": scores[best]}
+    return {"metric": name, "value": value, "classes": counted, "lr": lrs[best], "held_out": scores[best], "N": len(y_test)}
 
 
 def frozen_schedule(clips):
@@ -200,12 +237,20 @@ def frozen_schedule(clips):
     return batch, max(15, math.ceil(2000 / math.ceil(clips / batch)))
 
 
+def bar_own_scores(batch, tokens, share, device):
+    """Regularised masking (A-JEPA): a mask (B, 1, N, N) for `attention`, True: attend, in which each token is with probability `share`
+    barred from attending with its own score. A token that is alone has nothing else to attend to, and keeps it."""
+    barred = torch.rand(batch, tokens, device=device) < (share if tokens > 1 else 0)            # (B, N)
+    return ~torch.diag_embed(barred)[:, None]                                                   # (B, 1, N, N)
+
+
 class Online(nn.Module):
-    """An encoder and its heads, for what does not fit a cache: the tokens of a large set, and fine-tuning."""
-    def __init__(self, encoder, heads, modality, frozen):
+    """An encoder and its heads, for what does not fit a cache: the tokens of a large set, and fine-tuning. share: of the tokens that
+    regularised masking bars, in training."""
+    def __init__(self, encoder, heads, modality, frozen, share=0.0):
         super().__init__()
-        self.vit, self.heads = encoder.vit.requires_grad_(not frozen), nn.ModuleList(heads)
-        self.modality, self.frozen = modality, frozen
+        self.vit, self.heads, self.layers = encoder.vit.requires_grad_(not frozen), nn.ModuleList(heads), encoder.layers
+        self.modality, self.frozen, self.share = modality, frozen, share
 
     def train(self, mode=True):
         super().train(mode)
@@ -214,9 +259,14 @@ class Online(nn.Module):
 
     def forward(self, batch):
         """-> (B, C) scores of each head."""
-        given = pick(batch, self.modality)
+        given, mask = pick(batch, self.modality), None
+        if self.training and self.share:
+            first = self.vit.embed(**{key: x[:1] for key, x in given.items()})                  # one clip tells how many tokens there are
+            # unspecified: drawn anew for each clip and step, the same in all layers and heads
+            mask = bar_own_scores(len(next(iter(given.values()))), first.shape[1] + (self.vit.cls is not None), self.share, first.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens, embedding = self.vit.read_out(self.vit(**given), "video" in given, "audio" in given)
+            x = self.vit(**given, mask=mask, layers=self.layers)
+            tokens, embedding = self.vit.read_out(x, "video" in given, "audio" in given)
         return [head(tokens.float(), embedding.float()) for head in self.heads]
 
 
@@ -226,17 +276,23 @@ def train_views(rng, duration, seconds, modality):
     return [data.View(start, seconds, "random" if modality != "audio" else None, modality != "video")]
 
 
-def probe_online(kind, encoder, modality, train, test, y, y_test, inputs, process, workers, args, frozen):
-    """The same, decoding anew in each epoch. Fine-tuning (not frozen): label smoothing, backbone at .05 of the head's learning
-    rate with weight decay .05, one learning rate for all (authors' code)."""
-    classes, lrs = len(train.classes), args.lr if frozen else args.lr[:1]
-    inner, held = split_off(len(train), args.seed) if len(lrs) > 1 else (torch.arange(len(train)), None)
-    torch.manual_seed(args.seed)
-    model = Online(encoder, [HEADS[kind](encoder.dim, classes) for _ in lrs], modality, frozen).to(process.device)
+def parameter_groups(model, lrs, encoder_lr):
+    """AdamW groups of an Online: each head at its learning rate without weight decay, the encoder, where it learns, with .05 (authors'
+    code of AV-JEPA)."""
     groups = [{"params": list(head.parameters()), "peak": lr, "weight_decay": 0.0} for head, lr in zip(model.heads, lrs)]
-    if not frozen:
-        groups += [{**group, "peak": 0.05 * lrs[0]} for group in common.weight_decay_groups(model.vit, 0.05)]
-    optimizer = torch.optim.AdamW(groups)
+    encoder = [] if model.frozen else common.weight_decay_groups(model.vit, 0.05)
+    return groups + [{**group, "peak": encoder_lr} for group in encoder]
+
+
+def probe_online(kind, encoder, train, test, inputs, process, workers, args, frozen):
+    """The same, decoding anew in each epoch. Fine-tuning (not frozen) has one learning rate for the head and one for the encoder."""
+    classes, lrs, modality = len(train.classes), args.lr, args.modality
+    y, y_test = train.targets(range(len(train))), test.targets(range(len(test)))
+    inner, held = hold_out(train, range(len(train)), args.seed, needed=len(lrs) > 1)
+    torch.manual_seed(args.seed)
+    heads = [HEADS[kind](encoder.dim, classes) for _ in lrs]
+    model = Online(encoder, heads, modality, frozen, args.regularised_masking).to(process.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lrs, args.encoder_lr))
     per_epoch = max(1, len(inner) // args.batch_size)
     steps = max(1, args.epochs * per_epoch)
     plan = functools.partial(train_views, seconds=inputs.seconds, modality=modality)
@@ -251,7 +307,7 @@ def probe_online(kind, encoder, modality, train, test, y, y_test, inputs, proces
         targets = y[inner[batch["index"]]].to(process.device)
         with process.autocast():
             scores = model.train()(data.to_device(batch, process.device))
-        losses = [loss_of(s.float(), targets, 0.0 if frozen else 0.1) for s in scores]
+        losses = [loss_of(s.float(), targets, args.smoothing) for s in scores]
         losses = [loss for loss in losses if math.isfinite(loss.item())]        # a rate that is too high loses, the others go on
         if not losses:
             raise UserError(f"the loss is not finite at step {step}; lower --lr")
@@ -322,8 +378,47 @@ def toy_report(run, data_dir, process, workers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Features in a file
+# ---------------------------------------------------------------------------------------------------------------------
 
-def main(argv=None):
+def save_features(args, encoder, listing, inputs, process, workers):
+    """Embed each clip of a listing and write args.save_features, as the top of this file says. Clips that cannot be read, or lack a
+    stream that the modality needs, are left out, named and counted."""
+    out, keys = Path(args.save_features), MODALITIES[args.modality]
+    plan = functools.partial(data.even_views, args.views, inputs.seconds, video="video" in keys, audio="audio" in keys)
+    index, clip, patch, troubles = [], [], [], data.Troubles(len(listing))
+    for b in data.eval_batches(listing, inputs, plan, max(1, 32 // args.views), workers, troubles, "features"):
+        has = torch.stack([b[f"has_{key}"] for key in keys]).all(0)                             # (B,)
+        troubles.name([f"{listing.path(i)}: has no {' or no '.join(keys)}" for i in b["index"][~has].tolist()])
+        index.append(b["index"][has])
+        with torch.no_grad(), process.autocast():
+            tokens, embedding = encoder(**pick(data.to_device(b, process.device), args.modality))
+        clip.append(embedding.float().unflatten(0, (-1, args.views)).mean(1).cpu()[has])        # (B, D)
+        if args.patch_level:
+            patch.append(tokens.half().unflatten(0, (-1, args.views)).cpu()[has])               # (B, views, N, D)
+    index = torch.cat(index)
+    if not len(index):
+        raise UserError(f"{listing.name}: no clip has all of {', '.join(keys)}; give another --modality")
+    arrays = {"files": np.array([os.fsdecode(bytes(listing.files[i])) for i in index]), "seconds": np.float64(inputs.seconds),
+              "clip": torch.cat(clip).numpy(), **({"patch": torch.cat(patch).numpy()} if patch else {})}
+    if listing.labels is not None:
+        labels = listing.targets(index).numpy()
+        arrays.update(labels=labels.astype(np.uint8 if listing.multilabel else np.int64), classes=np.array(listing.classes))
+    temporary = out.with_name(out.name + ".part")       # whoever is killed in between leaves no half file under the name
+    try:
+        with open(temporary, "wb") as f:
+            np.savez(f, **arrays)
+        os.replace(temporary, out)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"--save-features {out}: cannot be written ({e.strerror}); give another place") from None
+    print(f"{out}: {len(index):,} clips ({len(listing) - len(index):,} left out), "
+          + ", ".join(f"{key} {tuple(arrays[key].shape)}" for key in ("clip", "patch", "labels") if key in arrays))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
     add = parser.add_argument
     add("--ckpt", required=True, help="folder of a run, or its latest.pt")
@@ -331,69 +426,150 @@ def main(argv=None):
     add("--data-dir", help="folder with the clips and the csv files")
     add("--probe", choices=("linear", "attentive", "finetune"), default="linear")
     add("--head", choices=tuple(HEADS), default="linear", help="of --probe finetune")
-    add("--modality", choices=tuple(MODALITIES), default="av")
+    add("--modality", choices=tuple(MODALITIES), help="default: all that the encoder takes and the set has")
     add("--baseline", choices=("untrained", "raw"), help="instead of the trained encoder: as it was initialised, or the input itself")
+    add("--encoder", choices=("context", "target"), help="of a method that has both; default: the one that it evaluates")
+    add("--layers", type=int, nargs="+", help="blocks, from 0, whose outputs are put side by side; default: the last one's alone")
     add("--absent", choices=("zero", "drop"), help="if other than in training")
-    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps), 13 fine-tuned")
+    add("--seconds", type=float, help="length of a view of sound; default: the encoder's, or the clips' where they are all shorter")
+    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps); fine-tuned 13 (AV-JEPA), 30 (A-JEPA)")
     add("--batch-size", type=int, help="default: 512 frozen (an eighth of a small set), 64 fine-tuned")
-    add("--lr", type=float, nargs="+", help="tried on a held-out tenth of train; default: 1e-3 1e-2 1e-1 1 frozen, 2e-4 fine-tuned")
-    add("--views", type=int, help="test views that are averaged; default: 4 frozen, 6 fine-tuned")
+    add("--lr", type=float, nargs="+", help="tried on held-out clips of train; default: 1e-3 1e-2 1e-1 1 frozen, fine-tuned that of the "
+        "head, 2e-4 (AV-JEPA), 1e-3 (A-JEPA)")
+    add("--encoder-lr", type=float, help="of the encoder in fine-tuning; default: 1e-5")
+    add("--regularised-masking", type=float, default=0.0, metavar="SHARE",
+        help="fine-tuning: share of the tokens that may not attend with their own score (the paper of A-JEPA: 0.1)")
+    add("--views", type=int, help="test views that are averaged; default: 4 frozen; fine-tuned 6 (AV-JEPA), 1 (A-JEPA); fsd50k: as many "
+        "as cover 30 s; 1 where a view holds each whole clip")
+    add("--save-features", metavar="OUT.npz", help="instead of a probe: write the features of the clips")
+    add("--split", choices=("train", "test", "all"), help="of --save-features; default: all")
+    add("--patch-level", action="store_true", help="of --save-features: the tokens too; all must fit into memory")
     add("--cache-gb", type=float, default=4.0, help="an attentive probe caches its tokens up to this size, else it decodes anew")
     add("--workers", type=int, help="processes that decode")
     add("--device", default="auto", help="auto, cpu, mps or cuda")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    finetune = args.probe == "finetune"
-    # Authors' code: frozen 15 epochs, batch 512, 4 test clips; fine-tuned lr 2e-4, 6 test clips; 13 epochs (seed).
-    args.lr = args.lr or ([2e-4] if finetune else list(FROZEN_LRS))
-    args.views = (6 if finetune else 4) if args.views is None else args.views
+    finetune, saves, raw = args.probe == "finetune", args.save_features is not None, args.baseline == "raw"
     check = common.check_range
     check("--epochs", 1 if args.epochs is None else args.epochs, 1, 10 ** 6), check("--seed", args.seed, 0, 2 ** 31)
     check("--batch-size", 2 if args.batch_size is None else args.batch_size, 2, 10 ** 6)
-    check("--workers", args.workers or 0, 0, 1024)
-    check("--views", args.views, 1, 1000), check("--cache-gb", args.cache_gb, 0, 10 ** 6), [check("--lr", lr, 0, 10) for lr in args.lr]
-    if finetune and len(args.lr) > 1:
+    check("--workers", args.workers or 0, 0, 1024), check("--cache-gb", args.cache_gb, 0, 10 ** 6)
+    check("--views", 1 if args.views is None else args.views, 1, 1000), [check("--lr", lr, 0, 10) for lr in args.lr or ()]
+    check("--seconds", 1 if args.seconds is None else args.seconds, 0.1, 3600), check("--encoder-lr", args.encoder_lr or 0, 0, 10)
+    check("--regularised-masking", args.regularised_masking, 0, 1)
+    if finetune and len(args.lr or ()) > 1:
         raise UserError("--lr: fine-tuning takes one learning rate")
+    if raw and (args.probe != "linear" or args.patch_level or args.layers):
+        raise UserError("--baseline raw has no tokens, no layers and nothing to train; use --probe linear without --layers, --patch-level")
+    for flag, given, applies, needs in (
+            ("--encoder-lr", args.encoder_lr is not None, finetune and not saves, "--probe finetune"),
+            ("--regularised-masking", args.regularised_masking, finetune and not saves, "--probe finetune"),
+            ("--split", args.split, saves, "--save-features"), ("--patch-level", args.patch_level, saves, "--save-features"),
+            ("--encoder", args.encoder, not args.baseline, "the trained encoder; leave --baseline out")):
+        if given and not applies:
+            raise UserError(f"{flag} has no effect without {needs}")
+    if saves and any((args.probe != "linear", args.head != "linear", args.epochs, args.batch_size, args.lr)):
+        raise UserError("--save-features trains nothing; leave --probe, --head, --epochs, --batch-size and --lr out")
+    if saves and (not Path(args.save_features).absolute().parent.is_dir() or Path(args.save_features).is_dir()):
+        raise UserError(f"--save-features {args.save_features}: its folder does not exist, or it is a folder itself; give a file in a "
+                        "folder that exists")
+    return args
+
+
+def choose_views(args, encoder, listing):
+    """Settle what depends on the encoder and the set: args.modality, args.views, args.train_views. Returns the Inputs."""
+    vit, inputs = encoder.vit, data.Inputs(**encoder.inputs)
+    takes = [key for key in ("video", "audio") if getattr(vit, key) is not None]
+    args.modality = args.modality or ("av" if len(takes) == 2 and args.data not in data.SOUNDS else takes[-1])
+    for key in MODALITIES[args.modality]:
+        if key not in takes:
+            raise UserError(f"--modality {args.modality}: {encoder.method} takes no {key}")
+        if key == "video" and args.data in data.SOUNDS:
+            raise UserError(f"--modality {args.modality}: {args.data} has no pictures; use --modality audio")
+    if args.modality == "audio":
+        seconds = args.seconds or min(inputs.seconds, listing.seconds or inputs.seconds)
+        inputs = inputs.at(seconds, vit.audio.patch[1])
+    elif args.seconds not in (None, inputs.seconds):
+        raise UserError(f"--seconds {args.seconds:g}: pictures come in the {inputs.seconds:g} s of training; leave it out, or give "
+                        "--modality audio")
+    whole, longest = listing.seconds is not None and listing.seconds <= inputs.seconds, LONGEST.get(args.data)
+    usual = FINETUNE[encoder.method]["views"] if args.probe == "finetune" else 4                # frozen: authors' code of AV-JEPA
+    args.views = args.views or (1 if whole else math.ceil(longest / inputs.seconds) if longest else usual)
+    # unspecified: the training views; here a frozen probe's head sees, for each clip and epoch, one of two, or of those of the test
+    # where the clips are very long or serve both; fine-tuning draws one at random
+    args.train_views = args.views if longest or listing.fold is not None else 1 if whole else 2
+    return inputs
+
+
+def run_probe(args, kind, encoder, load, train, test, inputs, process, workers):
+    """Train and test a head, once or fold by fold: dict(metric, value, classes, lr, held_out, N), for folds also each one's value.
+    load(): the encoder as it was, for the next fold."""
+    frozen, vit = args.probe != "finetune", encoder.vit
+    clips = len(train) if train.fold is None else len(train) - np.unique(train.fold, return_counts=True)[1].max()
+    if clips < 3:
+        raise UserError(f"{train.name}: {clips} training clips; a probe needs at least 3" + ("" if train.fold is None else ", outside of "
+                        "each fold"))
+    # unspecified: the batch of fine-tuning
+    batch, epochs = frozen_schedule(clips) if frozen else (64, FINETUNE[encoder.method]["epochs"])
+    args.batch_size, args.epochs = args.batch_size or batch, args.epochs or epochs
+    args.lr = args.lr or (list(FROZEN_LRS) if frozen else FINETUNE[encoder.method]["lr"])
+    args.smoothing = 0.0 if frozen else FINETUNE[encoder.method]["smoothing"]
+    args.encoder_lr = FINETUNE[encoder.method]["encoder_lr"] if args.encoder_lr is None and not frozen else args.encoder_lr
+
+    tokens = vit.video.num if "video" in MODALITIES[args.modality] else 0
+    tokens += vit.audio.grid[0] * (inputs.mel_frames // vit.audio.patch[1]) if "audio" in MODALITIES[args.modality] else 0
+    views = args.train_views * len(train) + (args.views * len(test) if train.fold is None else 0)
+    gigabytes = 2 * tokens * encoder.dim * views / 1e9
+    if not frozen or args.probe == "attentive" and gigabytes > args.cache_gb:
+        if frozen:
+            print(f"{gigabytes:.1f} GB of tokens are more than --cache-gb {args.cache_gb:g}: decoding anew in each of {args.epochs} epochs")
+        if train.fold is None:
+            return probe_online(kind, encoder, train, test, inputs, process, workers, args, frozen)
+        return join_folds([probe_online(kind, load(), train.subset(inner), train.subset(outer), inputs, process, workers, args, frozen)
+                           for inner, outer in rounds(train.fold)])
+
+    read = functools.partial(extract, {"it": encoder if args.baseline != "raw" else RawInput()}, inputs=inputs, modalities=[args.modality],
+                             process=process, workers=workers, tokens=args.probe == "attentive")
+    fit = functools.partial(probe_cached, kind, classes=len(train.classes), lrs=args.lr, epochs=args.epochs, batch=args.batch_size,
+                            seed=args.seed, device=process.device, progress=True)
+    x, index = read(listing=train, views=args.train_views, label="features (train)")
+    x, y = x["it", args.modality], train.targets(index)
+    if train.fold is not None:
+        return join_folds([fit(x[inner], y[inner], x[outer], y[outer]) for inner, outer in rounds(train.fold[index.numpy()])])
+    x_test, index_test = read(listing=test, views=args.views, label="features (test)")
+    return fit(x, y, x_test["it", args.modality], test.targets(index_test), split=hold_out(train, index, args.seed))
+
+
+def main(argv=None):
+    args = get_args(argv)
     began, process = time.time(), common.start_process(args.device)
     if process.world > 1:
         raise UserError("probe.py runs in one process; start it without torchrun")
     workers = common.default_workers(process) if args.workers is None else args.workers
+    load = functools.partial(common.load_encoder, args.ckpt, process.device, args.baseline == "untrained", args.absent, args.layers,
+                             args.encoder)
+    if args.save_features:
+        listing, encoder = data.list_clips(args.data, args.data_dir, args.split or "all"), load()
+        inputs = choose_views(args, encoder, listing)
+        return save_features(args, RawInput() if args.baseline == "raw" else encoder, listing, inputs, process, workers)
     train, test = (data.list_clips(args.data, args.data_dir, split) for split in ("train", "test"))
     if train.labels is None:
         raise UserError(f"--data {args.data}: a probe needs labels; put the clips into one sub-folder for each class")
-    encoder = common.load_encoder(args.ckpt, process.device, args.baseline == "untrained", args.absent)
-    for key in MODALITIES[args.modality]:
-        if getattr(encoder.vit, key) is None:
-            raise UserError(f"--modality {args.modality}: {encoder.method} takes no {key}")
-    print(data.describe(train) + " (train)\n" + data.describe(test) + " (test)")
-    inputs, y, y_test = data.Inputs(**encoder.inputs), train.targets(range(len(train))), test.targets(range(len(test)))
-    kind = args.head if finetune else args.probe
-    tokens = sum(getattr(encoder.vit, key).num for key in MODALITIES[args.modality])
-    gigabytes = 2 * tokens * encoder.dim * (2 * len(train) + args.views * len(test)) / 1e9
-    if args.baseline == "raw" and args.probe != "linear":
-        raise UserError("--baseline raw has no tokens and nothing to train; use --probe linear")
-    if len(train) < 3:
-        raise UserError(f"{train.name}: {len(train)} training clips; a probe needs at least 3")
-    batch, epochs = (64, 13) if finetune else frozen_schedule(len(train))       # unspecified: the batch of fine-tuning
-    args.batch_size, args.epochs = args.batch_size or batch, args.epochs or epochs
-    if finetune or args.probe == "attentive" and gigabytes > args.cache_gb:
-        if not finetune:
-            print(f"{gigabytes:.1f} GB of tokens are more than --cache-gb {args.cache_gb:g}: decoding anew in each of {args.epochs} epochs")
-        result = probe_online(kind, encoder, args.modality, train, test, y, y_test, inputs, process, workers, args, not finetune)
-    else:
-        encoders = {"it": RawInput() if args.baseline == "raw" else encoder}
-        extract_from = functools.partial(extract, encoders, inputs=inputs, modalities=[args.modality], process=process,
-                                         workers=workers, tokens=args.probe == "attentive")
-        x, index = extract_from(train, views=2, label="features (train)")
-        x_test, index_test = extract_from(test, views=args.views, label="features (test)")
-        x, x_test = x["it", args.modality], x_test["it", args.modality]
-        result = {**probe_cached(kind, x, y[index], x_test, y_test[index_test], len(train.classes), args.lr, args.epochs, args.batch_size,
-                                 args.seed, process.device, progress=True), "N": len(index_test)}
+    encoder = load()
+    inputs = choose_views(args, encoder, train)
+    print(data.describe(train) + (" (train)\n" + data.describe(test) + " (test)" if train.fold is None else " (tested fold by fold)"))
+    kind = args.head if args.probe == "finetune" else args.probe
+    result = run_probe(args, kind, encoder, load, train, test, inputs, process, workers)
     row = {"data": args.data, "probe": args.probe, "head": kind, "modality": args.modality, "baseline": args.baseline,
-           "absent": encoder.vit.absent, **result, "left_out": len(test) - result["N"], "seed": args.seed, "ckpt": str(args.ckpt),
-           "step": encoder.step, "seconds": round(time.time() - began, 1)}
+           "absent": encoder.vit.absent, "encoder": args.encoder, "layers": args.layers, **result, "left_out": len(test) - result["N"],
+           "views": args.views, "view_seconds": inputs.seconds, "encoder_lr": args.encoder_lr,
+           "regularised_masking": args.regularised_masking, "seed": args.seed, "ckpt": str(args.ckpt), "step": encoder.step,
+           "seconds": round(time.time() - began, 1)}
+    if "folds" in result:
+        print("folds: " + "  ".join(f"{value:.1f}" for value in result["folds"]))
+    rates = " ".join(dict.fromkeys(f"{lr:g}" for lr in np.atleast_1d(result["lr"])))
     print(f"{args.data}, {args.probe}, {args.modality}, {args.baseline or 'trained'}: {result['metric']} {result['value']:.1f} "
-          f"(N = {result['N']:,}, {result['classes']} classes counted, lr {result['lr']:g}, {row['seconds']} s)")
+          f"(N = {result['N']:,}, {result['classes']} classes counted, lr {rates}, {row['seconds']} s)")
     common.add_row(args.ckpt, "probe.jsonl", row)
 
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data
+from conftest import write
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,8 +19,8 @@ BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n
 LINES = [line.split(" #")[0].split("&&")[-1].strip().removeprefix(".venv/bin/") for line in BLOCKS.splitlines()]
 COMMANDS = list(dict.fromkeys(line for line in LINES if re.match(r"(python|torchrun) ", line)))
 TRAIN = "--steps 2 --batch-size 4 --recipe toy --workers 1 --log-every 1"
-SHRINK = {"avjepa_lejepa.py": TRAIN, "probe.py": "--epochs 1 --batch-size 4 --views 1 --workers 1", "retrieval.py": "--views 1 --workers 1",
-          "data.py": "--workers 1"}
+SHRINK = {"avjepa_lejepa.py": TRAIN, "ajepa.py": TRAIN, "probe.py": "--views 1 --workers 1", "retrieval.py": "--views 1 --workers 1",
+          "data.py": "--workers 1", "reproduce.py": "--dry-run"}
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +46,50 @@ def place(toy, tmp_path_factory):
     (place / "audioset" / "class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/0,"Dog, bark"\n1,/m/1,Bell\n')
     (place / "vggsound" / "vggsound.csv").write_text("".join(f'{i},30,"dog, barking",{s}\n' if k % 2 else f"{i},30,bell,{s}\n"
                                                              for s in ("train", "test") for k, i in enumerate(ids)))
+    write_sounds(place)
     return place
+
+
+def write_sounds(place):
+    """ESC-50/, speech_commands/ and FSD50K/ with a few noises each."""
+    rng = np.random.default_rng(0)
+
+    def sound(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, wave=0.1 * rng.standard_normal(16000), audio="pcm_s16le")
+
+    rows = [(f"{fold}-{i}-A-{i % 2}.wav", fold, i % 2) for fold in range(1, 6) for i in range(4)]
+    for name, _, _ in rows:
+        sound(place / "ESC-50" / "audio" / name)
+    (place / "ESC-50" / "meta").mkdir()
+    (place / "ESC-50" / "meta" / "esc50.csv").write_text("filename,fold,target,category,esc10,src_file,take\n" + "".join(
+        f"{name},{fold},{target},{('dog', 'rain')[target]},False,1,A\n" for name, fold, target in rows))
+    for i, word in enumerate(("no", "yes") * 8):
+        sound(place / "speech_commands" / word / f"{i:08x}_nohash_0.wav")
+    for part, first in (("validation", 0), ("testing", 4)):
+        lines = [f"{word}/{i:08x}_nohash_0.wav" for i, word in list(enumerate(("no", "yes") * 8))[first:first + 4]]
+        (place / "speech_commands" / f"{part}_list.txt").write_text("\n".join(lines) + "\n")
+    truth = place / "FSD50K" / "FSD50K.ground_truth"
+    truth.mkdir(parents=True)
+    (truth / "vocabulary.csv").write_text("0,Bark,/m/0\n1,Rain,/m/1\n")
+    for part in ("dev", "eval"):
+        for i in range(8):
+            sound(place / "FSD50K" / f"FSD50K.{part}_audio" / f"{i}.wav")
+        lines = [f'{i},"{("Bark", "Bark,Rain")[i % 2]}","/m/0"' + (",train", ",val")[i // 6] * (part == "dev") for i in range(8)]
+        (truth / f"{part}.csv").write_text("fname,labels,mids" + ",split" * (part == "dev") + "\n" + "\n".join(lines) + "\n")
+
+
+def train(place, folder):
+    """A run of the method that the folder's name begins with, if there is none yet."""
+    if not (place / folder / "latest.pt").exists():
+        script = "ajepa.py" if Path(folder).name.startswith("ajepa") else "avjepa_lejepa.py"
+        subprocess.run([sys.executable, str(ROOT / script), "--data", "folder", "--data-dir", "clips", "--out", str(folder),
+                        *TRAIN.split()], cwd=place, check=True, capture_output=True)
 
 
 def test_the_readme_has_the_commands_that_a_newcomer_needs():
     for start in ("python avjepa_lejepa.py", "torchrun --nproc_per_node=8 avjepa_lejepa.py --data audioset", "torchrun --nnodes",
+                  "python ajepa.py", "torchrun --nproc_per_node=8 ajepa.py --data audioset", "python reproduce.py",
                   "python probe.py", "python retrieval.py", "python data.py", "python -m pytest"):
         assert any(command.startswith(start) for command in COMMANDS), start
 
@@ -70,14 +111,13 @@ def test_command_of_the_readme_runs(place, command):
     else:
         words[0] = sys.executable
     run = re.search(r"--ckpt (\S+)", command)
-    if run and not (place / run[1] / "latest.pt").exists():
-        subprocess.run([sys.executable, str(ROOT / "avjepa_lejepa.py"), "--data", "folder", "--data-dir", "clips", "--out", run[1],
-                        *TRAIN.split()], cwd=place, check=True, capture_output=True)
-    words = [*(w.replace("10", "2") if words[i - 1] == "--accumulate" else w for i, w in enumerate(words)), *SHRINK[script].split()]
-    if "avjepa_lejepa" in script and "--out" not in command:
+    if run:
+        train(place, run[1])
+    words = [*("2" if words[i - 1] == "--accumulate" else w for i, w in enumerate(words)), *SHRINK[script].split()]
+    if SHRINK[script] == TRAIN and "--out" not in command:
         words += ["--fresh"]
-    if "probe.py" in script and "finetune" not in command:
-        words += ["--lr", "1e-3"]
+    if "probe.py" in script and "--save-features" not in command:
+        words += ["--epochs", "1", "--batch-size", "4", *(() if "finetune" in command else ("--lr", "1e-3"))]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": str(21000 + os.getpid() % 20000)}
     done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -86,10 +126,7 @@ def test_command_of_the_readme_runs(place, command):
 
 def test_the_five_lines_of_the_readme_run(place):
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    run = place / "runs" / "avjepa_lejepa-toy-seed0"
-    if not run.exists():
-        subprocess.run([sys.executable, str(ROOT / "avjepa_lejepa.py"), "--data", "folder", "--data-dir", "clips", "--out", str(run),
-                        *TRAIN.split()], cwd=place, check=True, capture_output=True)
+    train(place, "runs/avjepa_lejepa-toy-seed0")
     out = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True,
                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert out.returncode == 0, out.stderr[-2000:]

@@ -1,0 +1,158 @@
+"""A claim as one command: train the rows of an experiment over several seeds, and write its table and its picture.
+
+    python reproduce.py masking                       # A-JEPA's table of maskings on the toy data
+    python reproduce.py masking --dry-run             # what is finished and what is left
+    python reproduce.py masking --seeds 0 1 2 3 4     # more seeds: only those that are missing are run
+
+A row is a command line of our own scripts. Each run is a process of its own with a folder of its own: what is finished is skipped, a
+run that was stopped goes on from its checkpoint, and one that failed is named while the others go on. Flags that this script does
+not know are handed to each run (--steps 100 --data-dir toy/).
+"""
+import argparse, json, math, re, shlex, signal, subprocess, sys, time
+from pathlib import Path
+
+from common import UserError, main_guard
+
+EXPERIMENTS = {
+    # name: what the title says; {column: where it lies in results.json}; {row: command}; the column of the picture
+    "masking": dict(
+        title="A-JEPA's table of maskings (seed, section 9), on the toy data: linear probe on held-out clips, top-1 in percent",
+        columns={"linear probe": ("trained", "audio"), "untrained": ("untrained", "audio")},
+        rows={"random patches, 75 %": "ajepa.py --masking random --mask-ratio 0.75",
+              "time strips": "ajepa.py --masking time",
+              "frequency strips": "ajepa.py --masking freq",
+              "single block, 75 %": "ajepa.py --masking block --mask-ratio 0.75",
+              "multi-block": "ajepa.py --masking multiblock"}),
+}
+
+
+def plan(experiment, seeds, out, extra):
+    """The runs: a list of dict(row, seed, folder, command)."""
+    runs = []
+    for row, command in experiment["rows"].items():
+        for seed in seeds:
+            folder = Path(out) / f"{re.sub('[^a-z0-9]+', '-', row.lower())}-seed{seed}"
+            runs.append({"row": row, "seed": seed, "folder": folder,
+                         "command": [*shlex.split(command), *extra, "--seed", str(seed), "--out", str(folder)]})
+    return runs
+
+
+def finished(run):
+    """The results of a run, or None if it is not finished. Raises UserError if the folder holds those of another command."""
+    results, command = run["folder"] / "results.json", run["folder"] / "command.json"
+    if command.is_file() and json.loads(command.read_text()) != run["command"]:
+        raise UserError(f"{run['folder']} holds a run of another command; give another --out, or remove it")
+    return json.loads(results.read_text()) if command.is_file() and results.is_file() else None
+
+
+def execute(run):
+    """Run the command to its end; its output goes into the folder. Returns the exit code."""
+    run["folder"].mkdir(parents=True, exist_ok=True)
+    (run["folder"] / "command.json").write_text(json.dumps(run["command"]))
+    with open(run["folder"] / "output.txt", "ab") as output:
+        script, *flags = run["command"]
+        process = subprocess.Popen([sys.executable, str(Path(__file__).parent / script), *flags], stdout=output, stderr=output)
+        try:
+            return process.wait()
+        except BaseException:                           # Ctrl-C reached it as well: it saves, then ends
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+
+
+def spread(values):
+    """(mean, standard deviation over the seeds: of the sample, 0 for a single one)."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+
+
+def tabulate(experiment, runs):
+    """{row: {column: {mean, std, values by seed}}} of what is finished."""
+    table = {}
+    for run in runs:
+        results = finished(run)
+        if results:
+            for column, keys in experiment["columns"].items():
+                value = results
+                for key in keys:
+                    value = value[key]
+                table.setdefault(run["row"], {}).setdefault(column, {"values": {}})["values"][run["seed"]] = value
+    for row in table.values():
+        for cell in row.values():
+            cell["mean"], cell["std"] = spread(list(cell["values"].values()))
+    return table
+
+
+def markdown(experiment, table):
+    """The table as Markdown: mean ± standard deviation, and the single values."""
+    lines = ["| | " + " | ".join(experiment["columns"]) + " | seeds |", "|---" * (len(experiment["columns"]) + 2) + "|"]
+    for row, cells in table.items():
+        texts = [f"{c['mean']:.1f} ± {c['std']:.1f} ({', '.join(f'{v:.1f}' for v in c['values'].values())})" for c in cells.values()]
+        lines.append(f"| {row} | " + " | ".join(texts) + f" | {', '.join(map(str, next(iter(cells.values()))['values']))} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(experiment, table, path):
+    """A bar for the mean, a line for one standard deviation, a dot for each seed; the first columns side by side."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    columns, rows = list(experiment["columns"]), list(table)
+    fig, ax = plt.subplots(figsize=(1.6 + 1.6 * len(rows), 4.2))
+    width = 0.8 / len(columns)
+    for c, column in enumerate(columns):
+        for r, row in enumerate(rows):
+            cell, x = table[row][column], r + (c - (len(columns) - 1) / 2) * width
+            ax.bar(x, cell["mean"], 0.9 * width, color=str(0.45 + 0.45 * c / len(columns)), hatch=("", "//", "..")[c % 3], edgecolor="k",
+                   yerr=cell["std"], capsize=4, label=column if r == 0 else None)
+            ax.plot([x] * len(cell["values"]), cell["values"].values(), "ko", ms=4, mfc="w")
+    ax.set(xticks=range(len(rows)), ylabel="percent", title="\n".join(experiment["title"].split(": ")))
+    ax.set_xticklabels(rows)
+    ax.legend(loc="lower right")
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("experiment", choices=tuple(EXPERIMENTS))
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--out", help="folder of its runs, table and picture (default: runs/EXPERIMENT)")
+    add("--dry-run", action="store_true", help="show what is finished and what is left, and run nothing")
+    args, extra = parser.parse_known_args(argv)
+    experiment, out = EXPERIMENTS[args.experiment], Path(args.out or f"runs/{args.experiment}")
+    runs = plan(experiment, args.seeds, out, extra)
+    left = [run for run in runs if not finished(run)]
+    print(f"{args.experiment}: {len(runs) - len(left)} of {len(runs)} runs finished" + "".join(
+        f"\n  left: {run['row']}, seed {run['seed']}: {shlex.join(run['command'])}" for run in left))
+    if args.dry_run:
+        return
+    began, failed = time.time(), []
+    for number, run in enumerate(left):
+        clock = time.time()
+        code = execute(run)
+        if code or not finished(run):
+            failed.append(run)
+            print(f"FAILED {run['row']}, seed {run['seed']} (exit code {code}): see {run['folder']}/output.txt", flush=True)
+            continue
+        cells = tabulate(experiment, [run])[run["row"]]
+        values = ", ".join(f"{column} {cell['mean']:.1f}" for column, cell in cells.items())
+        rest = (time.time() - began) / (number + 1) * (len(left) - number - 1)
+        print(f"{run['row']}, seed {run['seed']}: {values} ({time.time() - clock:.0f} s; {len(left) - number - 1} runs left, about "
+              f"{rest / 60:.0f} min)", flush=True)
+    table = tabulate(experiment, runs)
+    if not table:
+        raise UserError(f"no run of {args.experiment} has finished; the reason stands in {out}/*/output.txt")
+    (out / "table.json").write_text(json.dumps({"title": experiment["title"], "commands": experiment["rows"], "flags": extra,
+                                                "rows": table}, indent=1) + "\n")
+    (out / "table.md").write_text(markdown(experiment, table))
+    draw(experiment, table, out / "table.png")
+    print(f"\n{experiment['title']}\n\n{markdown(experiment, table)}\n{out}/table.md, table.json, table.png")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed, their rows lack them; the same command tries them again")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -27,10 +27,10 @@ EXPERIMENTS = {
 
 
 def plan(experiment, seeds, out, extra):
-    """The runs: a list of dict(row, seed, folder, command)."""
+    """The runs: a list of dict(row, seed, folder, command); seed by seed, so that whoever stops early has a whole table of fewer seeds."""
     runs = []
-    for row, command in experiment["rows"].items():
-        for seed in seeds:
+    for seed in seeds:
+        for row, command in experiment["rows"].items():
             folder = Path(out) / f"{re.sub('[^a-z0-9]+', '-', row.lower())}-seed{seed}"
             runs.append({"row": row, "seed": seed, "folder": folder,
                          "command": [*shlex.split(command), *extra, "--seed", str(seed), "--out", str(folder)]})

@@ -31,7 +31,7 @@ def plan(experiment, seeds, out, extra):
     runs = []
     for seed in seeds:
         for row, command in experiment["rows"].items():
-            folder = Path(out) / f"{re.sub('[^a-z0-9]+', '-', row.lower())}-seed{seed}"
+            folder = Path(out) / f"{re.sub('[^a-z0-9]+', '-', row.lower()).strip('-')}-seed{seed}"
             runs.append({"row": row, "seed": seed, "folder": folder,
                          "command": [*shlex.split(command), *extra, "--seed", str(seed), "--out", str(folder)]})
     return runs

@@ -50,7 +50,7 @@ RECIPE = {
     "tau":          ((0.996, 0.9999),      (0.996, 0.999), "seed: EMA momentum, on a cosine"),
     "batch_size":   (256,                  64,             "seed: effective, across GPUs"),
     "epochs":       (400,                  None,           "seed: 300 to 400"),
-    "steps":        (None,                 600,            "by the epochs"),
+    "steps":        (None,                 500,            "by the epochs"),
     "lr":           (1.5e-4,               5e-4,           "seed: peak; cosine to 0"),
     "warmup":       (0.1,                  0.2,            "seed: 40 epochs of 400, as a share of the steps"),
     "betas":        ((0.9, 0.95),          (0.9, 0.95),    "seed: AdamW"),

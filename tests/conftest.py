@@ -83,6 +83,30 @@ def clock(path, fps, seconds=8.0, rate=16000, **how):
     return write(path, [numbered(n, n in starts) for n in range(int(seconds * fps))], wave, fps, rate, **how)
 
 
+def weights(out):
+    """The checkpoint of a run."""
+    return torch.load(Path(out) / "latest.pt", weights_only=True)
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return all(same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, (list, tuple)) else a == b
+
+
+class StopAfter:
+    """A stop signal that comes in step n."""
+    def __init__(self, n):
+        self.left = n
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left <= 0
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import ajepa, common, data, probe
 from ajepa import AJEPA, draw_masks, prediction_loss
 from common import Process, UserError
+from conftest import ROOT, StopAfter, same, weights
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parent.parent
 FULL, TOY = (8, 64), (4, 24)                                    # the grids of the paper and of the toy
 SHAPE, GRID = (12, 20), (3, 5)                                  # a small mel in patches of 4 x 4
 PAPER = ["--data", "audioset", "--data-dir", "x"]
@@ -699,32 +699,9 @@ def flags(toy, out, *more):
             "--log-every", "1", "--save-every", "1", *SMALL, *map(str, more)]
 
 
-def weights(out):
-    return torch.load(Path(out) / "latest.pt", weights_only=True)
-
-
 def grid_of(out):
     audio = weights(out)["encoder"]["audio"]
     return tuple(n // p for n, p in zip(audio["shape"], audio["patch"]))
-
-
-def same(a, b):
-    """Bit for bit, through dicts and lists."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return all(same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, (list, tuple)) else a == b
-
-
-class StopAfter:
-    """A stop signal that comes in step n."""
-    def __init__(self, n):
-        self.left = n
-
-    def __bool__(self):
-        self.left -= 1
-        return self.left <= 0
 
 
 @pytest.fixture

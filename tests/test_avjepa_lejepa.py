@@ -18,36 +18,13 @@ import common
 import data
 import probe
 import retrieval
+from conftest import ROOT, StopAfter, same, weights
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--batch-size", "4", "--log-every", "1", "--save-every", "1", "--device", "cpu"]
 
 
 def flags(toy, out, *more):
     return ["--data-dir", str(toy), "--out", str(out), "--workers", "0", *TINY, *map(str, more)]
-
-
-def weights(out):
-    return torch.load(Path(out) / "latest.pt", weights_only=True)
-
-
-def same(a, b):
-    """Bit for bit, through dicts and lists."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return all(same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, (list, tuple)) else a == b
-
-
-class StopAfter:
-    """A stop signal that comes in step n."""
-    def __init__(self, n):
-        self.left = n
-
-    def __bool__(self):
-        self.left -= 1
-        return self.left <= 0
 
 
 @pytest.fixture(scope="module")

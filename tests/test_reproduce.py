@@ -1,14 +1,13 @@
 """An experiment runs what is missing, goes on where it stopped, and its table is the mean and the spread of its runs."""
 import json, os, signal, subprocess, sys, time
-from pathlib import Path
 
 import ajepa, common, reproduce
 from common import UserError
+from conftest import ROOT
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = '''
 import json, pathlib, sys, time
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))

@@ -50,8 +50,8 @@ RECIPE = {
     "tau":          ((0.996, 0.9999),      (0.996, 0.999), "seed: EMA momentum, on a cosine"),
     "batch_size":   (256,                  64,             "seed: effective, across GPUs"),
     "epochs":       (400,                  None,           "seed: 300 to 400"),
-    "steps":        (None,                 500,            "by the epochs"),
-    "lr":           (1.5e-4,               5e-4,           "seed: peak; cosine to 0"),
+    "steps":        (None,                 1000,           "by the epochs"),
+    "lr":           (1.5e-4,               5e-4,           "seed: peak; cosine"),    # unspecified: to 0, and not scaled by the batch
     "warmup":       (0.1,                  0.2,            "seed: 40 epochs of 400, as a share of the steps"),
     "betas":        ((0.9, 0.95),          (0.9, 0.95),    "seed: AdamW"),
     "weight_decay": (0.05,                 0.05,           "seed"),    # unspecified: on matrices only
@@ -83,8 +83,8 @@ def get_args(argv=None):
         if recipe["masking"] == "curriculum":
             raise UserError("--mask-ratio: the curriculum has ratios of its own; give another --masking")
         recipe["hidden"] = (args.mask_ratio, args.mask_ratio)
-    if (recipe["seconds"], recipe["columns"]) not in zip(RECIPE["seconds"][:2], RECIPE["columns"][:2]):
-        recipe["columns"] = None                        # another length: as many as it gives, filled up to whole patches
+    if (recipe["seconds"], recipe["columns"]) not in zip(RECIPE["seconds"][:2], RECIPE["columns"][:2]):     # --seconds, of another length
+        recipe["columns"] = None                        # as many as it gives, filled up to whole patches
     if args.tf_removes and recipe["masking"] != "curriculum":
         raise UserError("--tf-removes has no effect without --masking curriculum")
     if args.block_aspect and recipe["masking"] in ("random", "time", "freq"):
@@ -99,22 +99,28 @@ def get_args(argv=None):
 
 def plan_views(rng, duration, seconds):
     """One view: the sound of the clip, a random stretch if it is longer. No augmentation (seed, section 7)."""
+    # unspecified: what is cut off a long clip (here random), and what fills up a short one (digital silence, before the log); a clip
+    # without sound is silence, and counted in the log
     return [data.View(rng.uniform(0, max(0.0, duration - seconds)), seconds, None, True)]
+
+
+def aspect_range(grid, recipe):
+    """The range of a block's width over its height, in patches."""
+    # unspecified: an aspect counted in patches asks a grid of 8 rows for blocks 8 to 12 rows high: clamped, they lose a third of their
+    # area; with the excess handed over to the width (--block-aspect patch), the four become strips of time. Relative to the grid,
+    # rows = 8 sqrt(s / a) and columns = 64 sqrt(s a), areas and aspects stay as drawn: blocks of about 3 x 28.
+    return [a * (grid[1] / grid[0] if recipe["aspect_of"] == "grid" else 1) for a in recipe["block_aspect"]]
 
 
 def block_sizes(rng, grid, recipe):
     """(height, width) of each block of one clip; height is frequency, width is time."""
-    (rows, cols), low, high = grid, *recipe["hidden"]
+    rows, cols = grid
     # unspecified: with another share of hidden patches the blocks grow or shrink with it
-    scale = [s * (low + high) / sum(RECIPE["hidden"][0]) for s in recipe["block_scale"]]
-    # unspecified: an aspect counted in patches asks a grid of 8 rows for blocks 8 to 12 rows high: clamped, they lose a third of their
-    # area; with the excess handed over to the width (--block-aspect patch), the four become strips of time. Relative to the grid,
-    # rows = 8 sqrt(s / a) and columns = 64 sqrt(s a), areas and aspects stay as drawn: blocks of about 3 x 27.
-    aspect = [a * (cols / rows if recipe["aspect_of"] == "grid" else 1) for a in recipe["block_aspect"]]
+    scale = [s * sum(recipe["hidden"]) / sum(RECIPE["hidden"][0]) for s in recipe["block_scale"]]
     if recipe["masking"] == "multiblock":
-        return [common.block_size(rng, grid, scale, aspect) for _ in range(4)]
+        return [common.block_size(rng, grid, scale, aspect_range(grid, recipe)) for _ in range(4)]
     if recipe["masking"] == "block":
-        return [common.block_size(rng, grid, (low, high), aspect)]
+        return [common.block_size(rng, grid, recipe["hidden"], aspect_range(grid, recipe))]
     if recipe["masking"] == "time":
         return [(rows, min(cols, max(1, round(rng.uniform(*scale) * cols)))) for _ in range(4)]
     return [(min(rows, max(1, round(rng.uniform(*scale) * rows))), cols) for _ in range(4)]
@@ -125,26 +131,33 @@ def hide_blocks(rng, grid, recipe, low, high):
     if recipe["masking"] == "random":
         return common.meet_count(rng, np.zeros(grid, bool), int(rng.integers(low, high + 1)))
     # unspecified: four blocks of .15 to .2 that overlap freely hide only 40 to 52 %. Here a block goes where it overlaps the earlier ones
-    # least, and all are drawn anew until their union is in range; where none of 50 draws is (an extreme --mask-ratio), the nearest.
-    best = None
-    for _ in range(50):
+    # least, and all are drawn anew until their union is in range; where none of 50 draws is (one clip in 200, or an extreme
+    # --mask-ratio), the nearest. The middle is hidden most (up to 99 %, free overlap: 94 %), the corners least (22 %, free: 4 %).
+    def draw():
         mask = np.zeros(grid, bool)
         for size in block_sizes(rng, grid, recipe):
             # unspecified: how many strips; of the blocks' areas, at most four, as many as it takes
             if recipe["masking"] not in ("time", "freq") or mask.sum() < low:
                 mask |= common.cover(grid, [common.place_apart(rng, mask, size)])
-        off = max(low - mask.sum(), mask.sum() - high, 0)
-        if best is None or off < best[0]:
-            best = off, mask
-        if off == 0:
+        return mask
+
+    return nearest((draw() for _ in range(50)), lambda mask: max(low - int(mask.sum()), int(mask.sum()) - high, 0))
+
+
+def nearest(draws, off, near=0):
+    """The first of some draws that is off by `near` or less, or the one that is off least."""
+    best = None
+    for one in draws:
+        if best is None or off(one) < off(best):
+            best = one
+        if off(best) <= near:
             break
-    return best[1]
+    return best
 
 
 def hide_curriculum(rng, grid, recipe, time_frequency):
     """(targets, what the context lacks), each (rows, columns) bool: the paper's random block mask, or its time-frequency aware one."""
-    rows, cols = grid
-    aspect = [a * (cols / rows if recipe["aspect_of"] == "grid" else 1) for a in recipe["block_aspect"]]
+    (rows, cols), aspect = grid, aspect_range(grid, recipe)
     count, scale = (3, (0.05, 0.075)) if time_frequency else (4, recipe["block_scale"])
     for _ in range(1000):
         targets = common.cover(grid, [common.draw_block(rng, grid, scale, aspect) for _ in range(count)])
@@ -162,41 +175,46 @@ def hide_curriculum(rng, grid, recipe, time_frequency):
 def draw_masks(seed, step, rank, batch, grid, recipe, progress=0.0):
     """Which patches are visible and which are targets: context (B, C) and target (B, M) indices, and what the log shows. A pure
     function of (seed, step, rank, clip). How many are hidden is drawn from (seed, step), the same for all clips and ranks; each
-    clip meets it by single random patches. progress: 0 to 1, where the curriculum stands."""
-    def stream(*numbers):                               # clip 0 has the stream of the step itself, clips count from 1
+    clip meets it by single random patches. progress: 0 to 1, where the curriculum stands. kept: share of the patches that the context
+    has; singles: single patches of a clip."""
+    def stream(*numbers):                               # (0, 0) is the step's own, so the clips count from 1
         return np.random.default_rng((seed, step, *numbers))
 
-    own, total, rows, singles = stream(0, 0), math.prod(grid), [], 0
-    curriculum, near = recipe["masking"] == "curriculum", 0 if recipe["masking"] == "random" else round(0.02 * total)
-    if curriculum:
+    own, total, pairs, singles = stream(0, 0), math.prod(grid), [], 0
+    # unspecified: a clip's own blocks come within 2 % of the grid of the step's number, the single patches do the rest
+    near = 0 if recipe["masking"] == "random" else round(0.02 * total)
+    if recipe["masking"] == "curriculum":
         # p = min(1, sqrt(s (1 - c0^2) / S) + c0^2), c0 = .01 (paper): one draw for all clips of a step
         time_frequency = own.random() < min(1.0, math.sqrt(progress * (1 - 0.01 ** 2)) + 0.01 ** 2)
         num_targets, num_hidden = (int(mask.sum()) for mask in hide_curriculum(own, grid, recipe, time_frequency))
     else:
         low, high = math.ceil(recipe["hidden"][0] * total - 1e-6), math.floor(recipe["hidden"][1] * total + 1e-6)
-        fixed = low >= high                             # --mask-ratio
-        num_hidden = round(recipe["hidden"][0] * total) if fixed else int(hide_blocks(own, grid, recipe, low, high).sum())
+        if recipe["hidden"][0] == recipe["hidden"][1]:  # --mask-ratio
+            num_hidden, low, high = round(recipe["hidden"][0] * total), 0, total
+        else:
+            num_hidden = min(max(low, int(hide_blocks(own, grid, recipe, low, high).sum())), max(low, high))
         num_hidden = num_targets = min(max(1, num_hidden), total - 1)
-        low, high = (0, total) if fixed else (low, high)
     for clip in range(batch):
         rng = stream(rank, 1 + clip)
-        if curriculum:
-            drawn, lacks = hide_curriculum(rng, grid, recipe, time_frequency)
+        if recipe["masking"] == "curriculum":
+            some = (hide_curriculum(rng, grid, recipe, time_frequency) for _ in range(50))
+            drawn, lacks = nearest(some, lambda pair: abs(int(pair[1].sum()) - num_hidden), near)
         else:
             drawn = lacks = hide_blocks(rng, grid, recipe, max(low, num_hidden - near), min(high, num_hidden + near))
         targets = common.meet_count(rng, drawn, num_targets)
         hidden = common.meet_count(rng, lacks | targets, num_hidden, keep=targets)
-        singles += int(((hidden != lacks) | (targets != drawn)).sum()) / batch / total
-        rows.append((np.flatnonzero(~hidden), np.flatnonzero(targets)))
-    context, target = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
+        singles += int(((hidden != lacks) | (targets != drawn)).sum()) / batch
+        pairs.append((np.flatnonzero(~hidden), np.flatnonzero(targets)))
+    context, target = (torch.from_numpy(np.stack(indices)) for indices in zip(*pairs))
     return context, target, {"kept": 1 - num_hidden / total, "singles": singles}
 
 
 def make_inputs(recipe, listing=None, workers=0):
     """What data.py prepares, by the recipe; the mel's mean and std for each bin over clips of the listing, if there is one."""
-    inputs = data.Inputs(seconds=recipe["seconds"], n_fft=recipe["n_fft"], hop=recipe["hop"], n_mels=recipe["n_mels"], window="hann",
-                         log="ln", mel_mean=0.0, mel_std=1.0)       # unspecified: the window
-    inputs = replace(inputs, columns=recipe["columns"] or math.ceil(inputs.mel_frames / recipe["mel_patch"][1]) * recipe["mel_patch"][1])
+    # unspecified: the window (Hann), the mel scale (HTK)
+    same, patch = {name: recipe[name] for name in ("seconds", "n_fft", "hop", "n_mels")}, recipe["mel_patch"][1]
+    inputs = data.Inputs(frames=0, sample_rate=16000, win_length=400, window="hann", log="ln", mel_mean=0.0, mel_std=1.0, **same)
+    inputs = replace(inputs, columns=recipe["columns"] or math.ceil(inputs.mel_frames / patch) * patch)
     if listing is None:
         return inputs
     mean, std = data.mel_stats(listing, inputs, workers, recipe["stats_clips"])
@@ -240,7 +258,7 @@ class AJEPA(nn.Module):
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
         dim, grid = self.context_encoder.dim, self.context_encoder.audio.grid
         self.predictor, self.loss = Predictor(dim, grid, pred_dim, pred_depth, config["positions"]), loss
-        self.register_buffer("running_mean", torch.zeros(dim))                  # of the targets: what one knows without any context
+        self.register_buffer("running_mean", torch.zeros(dim))                  # of rank 0's targets: what one knows without any context
 
     def forward(self, mel, context, target, step):
         """mel (B, 1, F, T), the patches visible (B, C) and to be predicted (B, M) -> (loss, what the log shows)."""
@@ -277,10 +295,12 @@ def prediction_loss(prediction, target, kind="smooth_l1"):
 def main(argv=None):
     args, recipe = get_args(argv)
     process = common.start_process(args.device)
-    if recipe["batch_size"] < process.world * args.accumulate:
-        raise UserError(f"--batch-size {recipe['batch_size']}: less than a clip for each of {process.world} processes x {args.accumulate} "
-                        "micro-batches; raise it")
-    workers = common.default_workers(process) if args.workers is None else args.workers
+    inputs = make_inputs(recipe)
+    config = encoder_config(recipe, inputs, args.checkpoint_activations)
+    common.seed_step(args.seed, 0)
+    model = AJEPA(config, recipe["pred_dim"], recipe["pred_depth"], recipe["loss"]).to(process.device)
+    optimizer = torch.optim.AdamW(common.weight_decay_groups(model, recipe["weight_decay"]), betas=recipe["betas"])
+
     if args.data == "toy" and process.main:
         data.list_clips("toy", args.data_dir)                                       # rank 0 writes the clips, the others wait
     process.barrier()
@@ -288,19 +308,13 @@ def main(argv=None):
     recipe["steps"] = steps = recipe["steps"] or max(1, round(recipe["epochs"] * (len(listing) // recipe["batch_size"])))
     found, start = common.open_run(args, METHOD, recipe, process), 0
     if found:
-        inputs = data.Inputs(**found["inputs"])
-    else:
-        inputs = make_inputs(recipe, listing, workers)
-    config = encoder_config(recipe, inputs, args.checkpoint_activations)
-    common.seed_step(args.seed, 0)
-    model = AJEPA(config, recipe["pred_dim"], recipe["pred_depth"], recipe["loss"]).to(process.device)
-    optimizer = torch.optim.AdamW(common.weight_decay_groups(model, recipe["weight_decay"]), betas=recipe["betas"])
-    if found:
         common.load_weights(model, found["model"], args.out)
         common.load_optimizer(optimizer, found["optimizer"], args.out)
         start = found["step"]
+    order = data.Batches(len(listing), recipe["batch_size"], args.seed, start, steps, process.rank, process.world, args.accumulate)
+    workers = common.default_workers(process) if args.workers is None else args.workers
+    inputs = data.Inputs(**found["inputs"]) if found else process.from_main(lambda: make_inputs(recipe, listing, workers))
     clips = data.Clips(listing, inputs, functools.partial(plan_views, seconds=recipe["seconds"]), args.seed)
-    order = data.Batches(len(clips), recipe["batch_size"], args.seed, start, steps, process.rank, process.world, args.accumulate)
     batches = iter(data.train_loader(clips, order, workers, pin=process.device.type == "cuda"))
     grid = model.context_encoder.audio.grid
     if process.main:
@@ -326,19 +340,21 @@ def main(argv=None):
         lr = common.warmup_cosine(step, steps, max(1, round(recipe["warmup"] * steps)), recipe["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for micro in range(args.accumulate):
-            clock = time.time()
+        clock, z = time.time(), []
+        mine = recipe["batch_size"] // process.world
+        context, target, masks = draw_masks(args.seed, step, process.rank, mine, grid, recipe, step / steps)
+        hidden = zip(context.to(process.device).chunk(args.accumulate), target.to(process.device).chunk(args.accumulate))
+        for micro, (context, target) in enumerate(hidden):
             batch = next(batches)
             troubles.add(batch)
             mel = data.to_device(batch, process.device)["audio"]
             data_s += time.time() - clock
-            count = step * args.accumulate + micro
-            context, target, masks = draw_masks(args.seed, count, process.rank, len(mel), grid, recipe, step / steps)
             last = micro == args.accumulate - 1
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 with process.autocast():
-                    loss, parts = wrapped(mel, context.to(process.device), target.to(process.device), count)
+                    loss, parts = wrapped(mel, context, target, step)
                 (loss / args.accumulate).backward()
+            clock, z = time.time(), [*z, parts["z"]]
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])     # no clipping: not in the seed
         if process.any(not math.isfinite(loss.item() + grad_norm.item())):
             raise UserError(f"the loss or its gradient is not finite at step {step}; the last good checkpoint in {args.out} is kept; "
@@ -348,7 +364,7 @@ def main(argv=None):
         tau = common.cosine(step, steps, *recipe["tau"])
         common.ema_update(model.target_encoder, model.context_encoder, tau)
         if (step + 1) % args.log_every == 0 or step + 1 == steps:
-            std, rank = common.health(common.gather_ranks(parts["z"]))
+            std, rank = common.health(common.gather_ranks(torch.cat(z)))
             count, seconds = step + 1 - logged, time.time() - began
             log.write({"step": step, "loss": loss.item(), "know_nothing": parts["know_nothing"].item(), "embedding_std": std,
                        "effective_rank": rank, **masks, "grad_norm": grad_norm.item(), "tau": tau, "lr": lr,

@@ -74,7 +74,8 @@ class Transformer(nn.Module):
         outputs = []
         for block in self.blocks:
             x = recompute(block, x, mask, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else block(x, mask)
-            outputs.append(x)
+            if layers is not None:                      # else they would all stay in memory
+                outputs.append(x)
         return x if layers is None else [outputs[layer] for layer in layers]
 
 
@@ -394,6 +395,13 @@ class Process:
         if dist.is_initialized():
             dist.barrier()
 
+    def from_main(self, make):
+        """What rank 0's make() returns, on all ranks."""
+        box = [make() if self.main else None]
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+
 
 def start_process(device="auto"):
     """Pick the device ('auto': CUDA, then MPS, then CPU), and join the process group if torchrun started us."""
@@ -488,15 +496,23 @@ def code_version():
     return f"{__version__}+{commit}" if commit else __version__
 
 
+def replace_file(path, write):
+    """write(file) under a temporary name, then rename: whoever is killed in between leaves the old file whole. Raises OSError."""
+    temporary = Path(path).with_name(Path(path).name + ".part")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def save_checkpoint(path, **content):
-    """Write to a temporary name, then rename: whoever is killed in between leaves the old file whole."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as f:
-        torch.save({"version": code_version(), **content}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    """Save a dict that load_checkpoint reads."""
+    replace_file(path, lambda f: torch.save({"version": code_version(), **content}, f))
 
 
 def load_checkpoint(path, method=None, device="cpu"):
@@ -517,7 +533,9 @@ def load_checkpoint(path, method=None, device="cpu"):
 
 
 def load_weights(module, weights, path):
-    """load_state_dict, with a sentence where the shapes are others."""
+    """load_state_dict, with a sentence where the names or the shapes are others."""
+    if weights.keys() != module.state_dict().keys():
+        raise UserError(f"{path}: its weights have other names than this version's; use the commit that its 'version' names, or train anew")
     try:
         module.load_state_dict(weights)
     except RuntimeError:
@@ -597,6 +615,8 @@ def open_run(args, method, recipe, process):
                 raise UserError(f"{file}: the run there has {', '.join(other)}; give another --out, or --fresh to start over")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not found and process.main:
+            (out / "results.json").unlink(missing_ok=True)          # of a run that this one writes over
     except OSError as e:
         raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
     step = found["step"] if found else 0

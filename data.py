@@ -177,7 +177,7 @@ def read_clip(path, start=0.0, seconds=10.0, num_frames=16, size=224, sample_rat
 class Inputs:
     """What the encoder eats: saved with each checkpoint, so that whoever loads it prepares a clip in the same way."""
     seconds: float = 8.0            # length of a view
-    frames: int = 16                # video frames spread over it
+    frames: int = 16                # video frames spread over it; 0: the encoder takes no video
     size: int = 224                 # side of the square that is cut out ...
     resize: int = 256               # ... after the short side was scaled to this
     crop_scale: tuple = (0.4, 1.0)  # area of a random resized crop, as a fraction
@@ -206,7 +206,8 @@ class LogMel(torch.nn.Module):
     """(..., samples) -> (..., 1, F, T): mel power, with silence up to inputs.columns, its log, minus the mean, over the std."""
     def __init__(self, inputs):
         super().__init__()
-        self.mean, self.std = (torch.tensor(x).view(-1, 1) for x in (inputs.mel_mean, inputs.mel_std))         # (1 or F, 1)
+        for name, value in (("mean", inputs.mel_mean), ("std", inputs.mel_std)):
+            self.register_buffer(name, torch.tensor(value).view(-1, 1), persistent=False)                       # (1 or F, 1)
         self.decibel, self.columns = inputs.log == "db", inputs.columns
         window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[inputs.window]
         with warnings.catch_warnings():                                 # 128 bins of 512 samples: the lowest filter is empty
@@ -321,16 +322,16 @@ def to_device(batch, device):
 
 
 def load_clip(path, inputs, start=None):
-    """A file -> {"video": (1, 3, T, H, W), "audio": (1, 1, F, T)} as `encoder(**clip)` takes it; a stream that the file lacks
-    is left out. `start` in seconds; the middle of the clip if None."""
+    """A file -> {"video": (1, 3, T, H, W), "audio": (1, 1, F, T)} as `encoder(**clip)` takes it; a stream that the file lacks or the
+    encoder does not take is left out. `start` in seconds; the middle of the clip if None."""
     inputs = inputs if isinstance(inputs, Inputs) else Inputs(**inputs)
 
     def middle(duration):
         begin = max(0.0, duration - inputs.seconds) / 2 if start is None else start
-        return [(begin, inputs.seconds)], [(begin, inputs.seconds)]
+        return [(begin, inputs.seconds)] if inputs.frames else [], [(begin, inputs.seconds)]
 
     clip, out = read_windows(path, middle, inputs.frames, inputs.resize, inputs.sample_rate), {}
-    if clip["has_video"]:
+    if clip["has_video"] and inputs.frames:
         frames = torch.from_numpy(clip["video"][0]).permute(0, 3, 1, 2)                         # (T, 3, H, W)
         out["video"] = normalize_video(crop_transform(inputs, "center")(frames).transpose(0, 1)[None])
     if clip["has_audio"]:
@@ -356,7 +357,7 @@ class Listing:
     missing: int = 0                        # listed in the csv, not on disk
     fold: np.ndarray | None = None          # (N,) int8: the set is tested fold by fold, each clip is in both splits
     held: np.ndarray | None = None          # (N,) bool: the official validation clips of a training split
-    seconds: float | None = None            # length of all clips, where the set fixes it
+    seconds: float | None = None            # length that no clip exceeds, where the set fixes it
 
     def __len__(self):
         return len(self.files)
@@ -372,7 +373,7 @@ class Listing:
         """(N,) class indices, or (N, C) zeros and ones for a multi-label set."""
         if not self.multilabel:
             return torch.from_numpy(self.labels[self.offsets[np.asarray(indices)]].astype(np.int64))
-        out = torch.zeros(len(indices), len(self.classes))
+        out = torch.zeros(len(indices), len(self.classes), dtype=torch.uint8)           # AudioSet-2M in float: 4 GB
         for row, i in enumerate(indices):
             out[row, self.clip_labels(int(i)).astype(np.int64)] = 1
         return out
@@ -456,11 +457,11 @@ def _by_id(folder):
 def _rows(path):
     """Rows of a csv, without the comments and the empty ones."""
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file; put the data set's csv there")
+        raise UserError(f"{path}: there is no such file; put the data set's list there")
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.reader(f, skipinitialspace=True) if row and not row[0].startswith("#")]
-    except (UnicodeDecodeError, csv.Error) as e:
+    except (UnicodeDecodeError, csv.Error, OSError) as e:
         raise UserError(f"{path}: cannot be read as a csv in UTF-8 ({e})") from None
     if not rows:
         raise UserError(f"{path}: the csv is empty")
@@ -490,7 +491,7 @@ def _list_audioset(name, folder, split):
         raise UserError(f"{folder}: unknown class {e} in the segments csv; class_labels_indices.csv does not list it") from None
     index = _by_id(folder)
     rows, listed = [(index[i], c) for i, c in rows if i in index], len(rows)
-    return make_listing(name, folder, [f for f, _ in rows], [c for _, c in rows], classes, True, listed - len(rows))
+    return make_listing(name, folder, [f for f, _ in rows], [c for _, c in rows], classes, True, listed - len(rows), seconds=10.0)
 
 
 def _list_vggsound(name, folder, split):
@@ -512,7 +513,7 @@ def _list_vggsound(name, folder, split):
     index, exact = _by_id(folder), {os.path.splitext(os.path.basename(f))[0]: f for f in _scan(folder)}
     found = [(exact.get(stem) or index.get(stem[:11]), number[label]) for stem, label in rows]
     found = [(f, c) for f, c in found if f]
-    return make_listing(name, folder, [f for f, _ in found], [[c] for _, c in found], classes, False, len(rows) - len(found))
+    return make_listing(name, folder, [f for f, _ in found], [[c] for _, c in found], classes, False, len(rows) - len(found), seconds=10.0)
 
 
 def _list_esc50(name, folder, split):
@@ -539,8 +540,7 @@ def _list_speechcommands(name, folder, split):
         lists[part] = [os.path.splitext(row[0])[0] for row in _rows(path)]
         if any(stem.count("/") != 1 for stem in lists[part]):
             raise UserError(f"{path}: a row is not of the form word/file.wav; take the data set's own list")
-    stems = {"/".join(Path(stem).parts): f for stem, f in _stems(folder).items()}
-    found = {stem: f for stem, f in stems.items() if stem.count("/") == 1 and not stem.startswith("_")}     # _background_noise_
+    found = {stem: f for stem, f in _stems(folder).items() if stem.count("/") == 1 and not stem.startswith("_")}     # _background_noise_
     words = sorted({stem.split("/")[0] for stem in found})
     number, validation, testing = {word: i for i, word in enumerate(words)}, set(lists["validation"]), set(lists["testing"])
     chosen = [stem for stem in found if (stem in testing) == (split == "test")]
@@ -921,13 +921,15 @@ def mel_stats(listing, inputs, workers, most):
     some = np.random.default_rng(0).permutation(len(listing))[:most]
     plain = replace(inputs, mel_mean=0.0, mel_std=1.0, columns=None)
     loader = eval_loader(listing.subset(np.sort(some)), plain, functools.partial(_middle_sound, plain.seconds), 1, workers)
-    total = square = count = 0.0
+    total, square, count, troubles = 0.0, 0.0, 0, Troubles(len(some))
     for batch in tqdm(loader, desc="stats", unit="clip"):
+        troubles.name(batch["bad"])
         if len(batch["index"]) and batch["has_audio"].all():
             x = batch["audio"][0, 0].double()                                                   # (F, T)
             total, square, count = total + x.sum(1), square + x.square().sum(1), count + x.shape[1]
     if not count:
-        raise UserError(f"{listing.name}: no clip has a sound that decodes, so its mel has no statistics")
+        raise UserError(f"{listing.name}: no clip has a sound that decodes, so its mel has no statistics; look at the files with python "
+                        "data.py --check")
     return total / count, (square / count - (total / count) ** 2).clamp_min(0).sqrt()
 
 

@@ -118,7 +118,7 @@ def extract(encoders, listing, inputs, modalities, views, process, workers=1, to
     """Decode each clip once, embed its `views` evenly spread views with each encoder and modality.
 
     Returns ({(encoder name, modality): (N, views, D), with `tokens` (N, views, number, D)}, index (N,)). Clips that do not decode
-    are left out and counted on the screen."""
+    are left out and named on the screen."""
     out, index, troubles = {(e, m): [] for e in encoders for m in modalities}, [], data.Troubles(len(listing))
     needed = {key for m in modalities for key in MODALITIES[m]}
     plan = functools.partial(data.even_views, views, inputs.seconds, video="video" in needed, audio="audio" in needed)
@@ -139,7 +139,7 @@ def extract(encoders, listing, inputs, modalities, views, process, workers=1, to
 def loss_of(scores, targets, smoothing=0.0):
     if targets.ndim == 1:
         return F.cross_entropy(scores, targets, label_smoothing=smoothing)
-    return F.binary_cross_entropy_with_logits(scores, targets * (1 - smoothing) + smoothing / 2)
+    return F.binary_cross_entropy_with_logits(scores, targets.float() * (1 - smoothing) + smoothing / 2)
 
 
 def split_off(n, seed, share=0.1):
@@ -154,7 +154,8 @@ def hold_out(listing, index, seed, needed=True):
     are held out, or where it has none a random tenth; that only if it is needed, otherwise (all, None)."""
     held = np.zeros(len(index), bool) if listing.held is None else listing.held[np.asarray(index)]
     if (~held).sum() < 2:
-        raise UserError(f"{listing.name}: fewer than two training clips can be read beside {held.sum():,} official validation clips")
+        raise UserError(f"{listing.name}: fewer than two training clips can be read" + (
+            f" beside {held.sum():,} official validation clips" if held.any() else "") + "; look at the files with python data.py --check")
     if held.any():
         return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
     return split_off(len(index), seed) if needed else (torch.arange(len(index)), None)
@@ -185,11 +186,11 @@ def train_heads(heads, batches, steps, lrs, smoothing=0.0, label="probe", progre
             optimizer.step()
 
 
-def cached_batches(x, y, batch, seed, device):
-    """Endless batches of cached features x (N, views, ...): each clip once an epoch, with a view drawn for it."""
-    generator = torch.Generator().manual_seed(seed)
+def cached_batches(x, y, chosen, batch, seed, device):
+    """Endless batches of cached features x (N, views, ...): each chosen clip once an epoch, with a view drawn for it."""
+    generator, chosen = torch.Generator().manual_seed(seed), torch.as_tensor(chosen)
     while True:
-        order = torch.randperm(len(x), generator=generator)
+        order = chosen[torch.randperm(len(chosen), generator=generator)]
         for i in order.split(batch):
             if len(i) > 1:                              # BatchNorm needs two
                 part = x[i, torch.randint(x.shape[1], (len(i),), generator=generator)].float().to(device)
@@ -206,10 +207,10 @@ def predict(head, x, device, batch=256):
     return torch.cat(out)
 
 
-def average(scores, targets):
-    """(N, views, C) scores -> (N, C) probabilities, the mean over the views."""
+def average(scores, multilabel):
+    """(..., views, C) scores -> (..., C) probabilities, the mean over the views."""
     # unspecified: the authors average test clips; whether scores or probabilities is not said
-    return (scores.softmax(-1) if targets.ndim == 1 else scores.sigmoid()).mean(1)
+    return (scores.sigmoid() if multilabel else scores.softmax(-1)).mean(-2)
 
 
 def probe_cached(kind, x, y, x_test, y_test, classes, lrs, epochs, batch, seed, device="cpu", progress=False, split=None):
@@ -223,10 +224,10 @@ def probe_cached(kind, x, y, x_test, y_test, classes, lrs, epochs, batch, seed, 
     heads = [copy.deepcopy(first) for _ in lrs]
     steps = max(1, epochs * math.ceil(len(inner) / batch))
     with common.one_thread() if kind == "linear" else contextlib.nullcontext():
-        train_heads(heads, cached_batches(x[inner], y[inner], batch, seed, device), steps, lrs, progress=progress)
-    scores = [measure(average(predict(head, x[held], device), y), y[held])[1] for head in heads]
+        train_heads(heads, cached_batches(x, y, inner, batch, seed, device), steps, lrs, progress=progress)
+    scores = [measure(average(predict(head, x[held], device), y.ndim == 2), y[held])[1] for head in heads]
     best = int(np.argmax(scores))
-    name, value, counted = measure(average(predict(heads[best], x_test, device), y_test), y_test)
+    name, value, counted = measure(average(predict(heads[best], x_test, device), y.ndim == 2), y_test)
     return {"metric": name, "value": value, "classes": counted, "lr": lrs[best], "held_out": scores[best], "N": len(y_test)}
 
 
@@ -285,9 +286,9 @@ def parameter_groups(model, lrs, encoder_lr):
 
 
 def probe_online(kind, encoder, train, test, inputs, process, workers, args, frozen):
-    """The same, decoding anew in each epoch. Fine-tuning (not frozen) has one learning rate for the head and one for the encoder."""
+    """As probe_cached, but decoding anew in each epoch. Fine-tuning (not frozen) has one learning rate for the head and one for the
+    encoder."""
     classes, lrs, modality = len(train.classes), args.lr, args.modality
-    y, y_test = train.targets(range(len(train))), test.targets(range(len(test)))
     inner, held = hold_out(train, range(len(train)), args.seed, needed=len(lrs) > 1)
     torch.manual_seed(args.seed)
     heads = [HEADS[kind](encoder.dim, classes) for _ in lrs]
@@ -304,7 +305,7 @@ def probe_online(kind, encoder, train, test, inputs, process, workers, args, fro
         troubles.add(batch)
         for group in optimizer.param_groups:
             group["lr"] = common.cosine(step, steps, group["peak"], 0.0)
-        targets = y[inner[batch["index"]]].to(process.device)
+        targets = train.targets(inner[batch["index"]]).to(process.device)
         with process.autocast():
             scores = model.train()(data.to_device(batch, process.device))
         losses = [loss_of(s.float(), targets, args.smoothing) for s in scores]
@@ -323,16 +324,16 @@ def probe_online(kind, encoder, train, test, inputs, process, workers, args, fro
             index.append(batch["index"])
             with torch.no_grad(), process.autocast():
                 scores = torch.stack(model.eval()(data.to_device(batch, process.device)))
-            out.append(scores.float().unflatten(1, (-1, args.views)).cpu())         # (heads, B, views, C)
+            out.append(average(scores.float().unflatten(1, (-1, args.views)), listing.multilabel).cpu())        # (heads, B, C)
         return torch.cat(out, 1), torch.cat(index)
 
     best, held_out = 0, None
     if held is not None:
         scores, index = scores_of(train.subset(held.tolist()), "held out")
-        values = [measure(average(s, y), y[held[index]])[1] for s in scores]
+        values = [measure(s, train.targets(held[index]))[1] for s in scores]
         best, held_out = int(np.argmax(values)), max(values)
     scores, index = scores_of(test, "test")
-    name, value, counted = measure(average(scores[best], y_test), y_test[index])
+    name, value, counted = measure(scores[best], test.targets(index))
     return {"metric": name, "value": value, "classes": counted, "lr": lrs[best], "held_out": held_out, "N": len(index)}
 
 
@@ -372,7 +373,7 @@ def toy_report(run, data_dir, process, workers):
         values = [row.get(c[0]) if len(c) == 1 else row.get(c[0], {}).get(c[1]) for c in columns]
         print(f"{name:12s}" + "".join(f"{'-' if v is None else f'{v:.1f}':>11s}" for v in values))
     table["seconds"] = round(time.time() - began, 1)
-    (Path(run) / "results.json").write_text(json.dumps(table, indent=1) + "\n")
+    common.replace_file(Path(run) / "results.json", lambda f: f.write((json.dumps(table, indent=1) + "\n").encode()))
     print(f"evaluated in {table['seconds']:.0f} s: {run}/results.json")
     return table
 
@@ -402,15 +403,10 @@ def save_features(args, encoder, listing, inputs, process, workers):
     arrays = {"files": np.array([os.fsdecode(bytes(listing.files[i])) for i in index]), "seconds": np.float64(inputs.seconds),
               "clip": torch.cat(clip).numpy(), **({"patch": torch.cat(patch).numpy()} if patch else {})}
     if listing.labels is not None:
-        labels = listing.targets(index).numpy()
-        arrays.update(labels=labels.astype(np.uint8 if listing.multilabel else np.int64), classes=np.array(listing.classes))
-    temporary = out.with_name(out.name + ".part")       # whoever is killed in between leaves no half file under the name
+        arrays.update(labels=listing.targets(index).numpy(), classes=np.array(listing.classes))
     try:
-        with open(temporary, "wb") as f:
-            np.savez(f, **arrays)
-        os.replace(temporary, out)
+        common.replace_file(out, lambda f: np.savez(f, **arrays))
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"--save-features {out}: cannot be written ({e.strerror}); give another place") from None
     print(f"{out}: {len(index):,} clips ({len(listing) - len(index):,} left out), "
           + ", ".join(f"{key} {tuple(arrays[key].shape)}" for key in ("clip", "patch", "labels") if key in arrays))
@@ -425,7 +421,7 @@ def get_args(argv=None):
     add("--data", required=True, help=", ".join(data.NAMES))
     add("--data-dir", help="folder with the clips and the csv files")
     add("--probe", choices=("linear", "attentive", "finetune"), default="linear")
-    add("--head", choices=tuple(HEADS), default="linear", help="of --probe finetune")
+    add("--head", choices=tuple(HEADS), help="of --probe finetune; default: linear")
     add("--modality", choices=tuple(MODALITIES), help="default: all that the encoder takes and the set has")
     add("--baseline", choices=("untrained", "raw"), help="instead of the trained encoder: as it was initialised, or the input itself")
     add("--encoder", choices=("context", "target"), help="of a method that has both; default: the one that it evaluates")
@@ -444,7 +440,7 @@ def get_args(argv=None):
     add("--save-features", metavar="OUT.npz", help="instead of a probe: write the features of the clips")
     add("--split", choices=("train", "test", "all"), help="of --save-features; default: all")
     add("--patch-level", action="store_true", help="of --save-features: the tokens too; all must fit into memory")
-    add("--cache-gb", type=float, default=4.0, help="an attentive probe caches its tokens up to this size, else it decodes anew")
+    add("--cache-gb", type=float, help="an attentive probe caches its tokens up to this size, else it decodes anew; default: 4")
     add("--workers", type=int, help="processes that decode")
     add("--device", default="auto", help="auto, cpu, mps or cuda")
     add("--seed", type=int, default=0)
@@ -453,7 +449,7 @@ def get_args(argv=None):
     check = common.check_range
     check("--epochs", 1 if args.epochs is None else args.epochs, 1, 10 ** 6), check("--seed", args.seed, 0, 2 ** 31)
     check("--batch-size", 2 if args.batch_size is None else args.batch_size, 2, 10 ** 6)
-    check("--workers", args.workers or 0, 0, 1024), check("--cache-gb", args.cache_gb, 0, 10 ** 6)
+    check("--workers", args.workers or 0, 0, 1024), check("--cache-gb", args.cache_gb or 0, 0, 10 ** 6)
     check("--views", 1 if args.views is None else args.views, 1, 1000), [check("--lr", lr, 0, 10) for lr in args.lr or ()]
     check("--seconds", 1 if args.seconds is None else args.seconds, 0.1, 3600), check("--encoder-lr", args.encoder_lr or 0, 0, 10)
     check("--regularised-masking", args.regularised_masking, 0, 1)
@@ -462,14 +458,16 @@ def get_args(argv=None):
     if raw and (args.probe != "linear" or args.patch_level or args.layers):
         raise UserError("--baseline raw has no tokens, no layers and nothing to train; use --probe linear without --layers, --patch-level")
     for flag, given, applies, needs in (
+            ("--head", args.head, finetune and not saves, "--probe finetune"),
+            ("--cache-gb", args.cache_gb is not None, args.probe == "attentive" and not saves, "--probe attentive"),
             ("--encoder-lr", args.encoder_lr is not None, finetune and not saves, "--probe finetune"),
             ("--regularised-masking", args.regularised_masking, finetune and not saves, "--probe finetune"),
             ("--split", args.split, saves, "--save-features"), ("--patch-level", args.patch_level, saves, "--save-features"),
             ("--encoder", args.encoder, not args.baseline, "the trained encoder; leave --baseline out")):
         if given and not applies:
             raise UserError(f"{flag} has no effect without {needs}")
-    if saves and any((args.probe != "linear", args.head != "linear", args.epochs, args.batch_size, args.lr)):
-        raise UserError("--save-features trains nothing; leave --probe, --head, --epochs, --batch-size and --lr out")
+    if saves and any((args.probe != "linear", args.epochs, args.batch_size, args.lr)):
+        raise UserError("--save-features trains nothing; leave --probe, --epochs, --batch-size and --lr out")
     if saves and (not Path(args.save_features).absolute().parent.is_dir() or Path(args.save_features).is_dir()):
         raise UserError(f"--save-features {args.save_features}: its folder does not exist, or it is a folder itself; give a file in a "
                         "folder that exists")
@@ -495,8 +493,8 @@ def choose_views(args, encoder, listing):
     whole, longest = listing.seconds is not None and listing.seconds <= inputs.seconds, LONGEST.get(args.data)
     usual = FINETUNE[encoder.method]["views"] if args.probe == "finetune" else 4                # frozen: authors' code of AV-JEPA
     args.views = args.views or (1 if whole else math.ceil(longest / inputs.seconds) if longest else usual)
-    # unspecified: the training views; here a frozen probe's head sees, for each clip and epoch, one of two, or of those of the test
-    # where the clips are very long or serve both; fine-tuning draws one at random
+    # unspecified: the training views; a frozen head draws, each epoch, one of two windows of a clip, or of the test's windows where
+    # those serve for both (folds) or the clips are very long; fine-tuning draws a new one at random
     args.train_views = args.views if longest or listing.fold is not None else 1 if whole else 2
     return inputs
 
@@ -505,7 +503,7 @@ def run_probe(args, kind, encoder, load, train, test, inputs, process, workers):
     """Train and test a head, once or fold by fold: dict(metric, value, classes, lr, held_out, N), for folds also each one's value.
     load(): the encoder as it was, for the next fold."""
     frozen, vit = args.probe != "finetune", encoder.vit
-    clips = len(train) if train.fold is None else len(train) - np.unique(train.fold, return_counts=True)[1].max()
+    clips = len(train) if train.fold is None else len(train) - int(np.unique(train.fold, return_counts=True)[1].max())
     if clips < 3:
         raise UserError(f"{train.name}: {clips} training clips; a probe needs at least 3" + ("" if train.fold is None else ", outside of "
                         "each fold"))
@@ -520,9 +518,10 @@ def run_probe(args, kind, encoder, load, train, test, inputs, process, workers):
     tokens += vit.audio.grid[0] * (inputs.mel_frames // vit.audio.patch[1]) if "audio" in MODALITIES[args.modality] else 0
     views = args.train_views * len(train) + (args.views * len(test) if train.fold is None else 0)
     gigabytes = 2 * tokens * encoder.dim * views / 1e9
-    if not frozen or args.probe == "attentive" and gigabytes > args.cache_gb:
+    cache = 4.0 if args.cache_gb is None else args.cache_gb
+    if not frozen or args.probe == "attentive" and gigabytes > cache:
         if frozen:
-            print(f"{gigabytes:.1f} GB of tokens are more than --cache-gb {args.cache_gb:g}: decoding anew in each of {args.epochs} epochs")
+            print(f"{gigabytes:.1f} GB of tokens are more than --cache-gb {cache:g}: decoding anew in each of {args.epochs} epochs")
         if train.fold is None:
             return probe_online(kind, encoder, train, test, inputs, process, workers, args, frozen)
         return join_folds([probe_online(kind, load(), train.subset(inner), train.subset(outer), inputs, process, workers, args, frozen)
@@ -535,6 +534,8 @@ def run_probe(args, kind, encoder, load, train, test, inputs, process, workers):
     x, index = read(listing=train, views=args.train_views, label="features (train)")
     x, y = x["it", args.modality], train.targets(index)
     if train.fold is not None:
+        if len(np.unique(train.fold[index.numpy()])) < len(np.unique(train.fold)):
+            raise UserError(f"{train.name}: a fold has no clip that can be read; look at the files with python data.py --check")
         return join_folds([fit(x[inner], y[inner], x[outer], y[outer]) for inner, outer in rounds(train.fold[index.numpy()])])
     x_test, index_test = read(listing=test, views=args.views, label="features (test)")
     return fit(x, y, x_test["it", args.modality], test.targets(index_test), split=hold_out(train, index, args.seed))
@@ -549,20 +550,21 @@ def main(argv=None):
     load = functools.partial(common.load_encoder, args.ckpt, process.device, args.baseline == "untrained", args.absent, args.layers,
                              args.encoder)
     if args.save_features:
-        listing, encoder = data.list_clips(args.data, args.data_dir, args.split or "all"), load()
+        encoder, listing = load(), data.list_clips(args.data, args.data_dir, args.split or "all")
         inputs = choose_views(args, encoder, listing)
         return save_features(args, RawInput() if args.baseline == "raw" else encoder, listing, inputs, process, workers)
+    encoder = load()
     train, test = (data.list_clips(args.data, args.data_dir, split) for split in ("train", "test"))
     if train.labels is None:
         raise UserError(f"--data {args.data}: a probe needs labels; put the clips into one sub-folder for each class")
-    encoder = load()
     inputs = choose_views(args, encoder, train)
     print(data.describe(train) + (" (train)\n" + data.describe(test) + " (test)" if train.fold is None else " (tested fold by fold)"))
-    kind = args.head if args.probe == "finetune" else args.probe
+    kind = args.head or "linear" if args.probe == "finetune" else args.probe
     result = run_probe(args, kind, encoder, load, train, test, inputs, process, workers)
     row = {"data": args.data, "probe": args.probe, "head": kind, "modality": args.modality, "baseline": args.baseline,
            "absent": encoder.vit.absent, "encoder": args.encoder, "layers": args.layers, **result, "left_out": len(test) - result["N"],
-           "views": args.views, "view_seconds": inputs.seconds, "encoder_lr": args.encoder_lr,
+           "views": args.views, "view_seconds": inputs.seconds, "epochs": args.epochs, "batch_size": args.batch_size, "lrs": args.lr,
+           "encoder_lr": args.encoder_lr, "version": common.code_version(),
            "regularised_masking": args.regularised_masking, "seed": args.seed, "ckpt": str(args.ckpt), "step": encoder.step,
            "seconds": round(time.time() - began, 1)}
     if "folds" in result:

@@ -6,18 +6,19 @@
 
 A row is a command line of our own scripts. Each run is a process of its own with a folder of its own: what is finished is skipped, a
 run that was stopped goes on from its checkpoint, and one that failed is named while the others go on. Flags that this script does
-not know are handed to each run (--steps 100 --data-dir toy/).
+not know are handed to each run (--steps 100 --data-dir toy/); what a row says itself stays.
 """
 import argparse, json, math, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 
-from common import UserError, main_guard
+from common import Help, UserError, code_version, main_guard, replace_file
 
 EXPERIMENTS = {
-    # name: what the title says; {column: where it lies in results.json}; {row: command}; the column of the picture
+    # name: what the title says; {column: where it lies in results.json}; flags of all rows, which the user's may replace; {row: command}
     "masking": dict(
         title="A-JEPA's table of maskings (seed, section 9), on the toy data: linear probe on held-out clips, top-1 in percent",
         columns={"linear probe": ("trained", "audio"), "untrained": ("untrained", "audio")},
+        flags="--steps 500",                            # half of the toy run, for 15 runs in 40 minutes
         rows={"random patches, 75 %": "ajepa.py --masking random --mask-ratio 0.75",
               "time strips": "ajepa.py --masking time",
               "frequency strips": "ajepa.py --masking freq",
@@ -31,24 +32,34 @@ def plan(experiment, seeds, out, extra):
     runs = []
     for seed in seeds:
         for row, command in experiment["rows"].items():
+            script, *flags = shlex.split(command)
             folder = Path(out) / f"{re.sub('[^a-z0-9]+', '-', row.lower()).strip('-')}-seed{seed}"
             runs.append({"row": row, "seed": seed, "folder": folder,
-                         "command": [*shlex.split(command), *extra, "--seed", str(seed), "--out", str(folder)]})
+                         "command": [script, *shlex.split(experiment["flags"]), *extra, *flags, "--seed", str(seed), "--out", str(folder)]})
     return runs
 
 
+def read(path):
+    """What a JSON file holds, None if it is missing or cut off."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
 def finished(run):
-    """The results of a run, or None if it is not finished. Raises UserError if the folder holds those of another command."""
-    results, command = run["folder"] / "results.json", run["folder"] / "command.json"
-    if command.is_file() and json.loads(command.read_text()) != run["command"]:
+    """The results of a run, or None if it is not finished. Raises UserError if the folder holds a run of another command."""
+    begun, results = read(run["folder"] / "command.json"), read(run["folder"] / "results.json")
+    if begun and begun["command"][:-2] != run["command"][:-2] and (results or (run["folder"] / "latest.pt").is_file()):
         raise UserError(f"{run['folder']} holds a run of another command; give another --out, or remove it")
-    return json.loads(results.read_text()) if command.is_file() and results.is_file() else None
+    return {**results, "version": begun["version"]} if begun and results else None
 
 
 def execute(run):
     """Run the command to its end; its output goes into the folder. Returns the exit code."""
     run["folder"].mkdir(parents=True, exist_ok=True)
-    (run["folder"] / "command.json").write_text(json.dumps(run["command"]))
+    content = json.dumps({"command": run["command"], "version": code_version()})
+    replace_file(run["folder"] / "command.json", lambda f: f.write(content.encode()))
     with open(run["folder"] / "output.txt", "ab") as output:
         script, *flags = run["command"]
         process = subprocess.Popen([sys.executable, str(Path(__file__).parent / script), *flags], stdout=output, stderr=output)
@@ -61,9 +72,9 @@ def execute(run):
 
 
 def spread(values):
-    """(mean, standard deviation over the seeds: of the sample, 0 for a single one)."""
+    """(mean, standard deviation of the sample, None for a single value)."""
     mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
 
 
 def tabulate(experiment, runs):
@@ -84,10 +95,11 @@ def tabulate(experiment, runs):
 
 
 def markdown(experiment, table):
-    """The table as Markdown: mean ± standard deviation, and the single values."""
+    """The table as Markdown: mean ± standard deviation over the seeds, and the single values."""
     lines = ["| | " + " | ".join(experiment["columns"]) + " | seeds |", "|---" * (len(experiment["columns"]) + 2) + "|"]
     for row, cells in table.items():
-        texts = [f"{c['mean']:.1f} ± {c['std']:.1f} ({', '.join(f'{v:.1f}' for v in c['values'].values())})" for c in cells.values()]
+        texts = [f"{cell['mean']:.1f}" + ("" if cell["std"] is None else f" ± {cell['std']:.1f} (" + ", ".join(
+            f"{value:.1f}" for value in cell["values"].values()) + ")") for cell in cells.values()]
         lines.append(f"| {row} | " + " | ".join(texts) + f" | {', '.join(map(str, next(iter(cells.values()))['values']))} |")
     return "\n".join(lines) + "\n"
 
@@ -104,7 +116,7 @@ def draw(experiment, table, path):
         for r, row in enumerate(rows):
             cell, x = table[row][column], r + (c - (len(columns) - 1) / 2) * width
             ax.bar(x, cell["mean"], 0.9 * width, color=str(0.45 + 0.45 * c / len(columns)), hatch=("", "//", "..")[c % 3], edgecolor="k",
-                   yerr=cell["std"], capsize=4, label=column if r == 0 else None)
+                   yerr=cell["std"] or 0, capsize=4, label=column if r == 0 else None)
             ax.plot([x] * len(cell["values"]), cell["values"].values(), "ko", ms=4, mfc="w")
     ax.set(xticks=range(len(rows)), ylabel="percent", title="\n".join(experiment["title"].split(": ")))
     ax.set_xticklabels(rows)
@@ -115,27 +127,35 @@ def draw(experiment, table, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add = parser.add_argument
     add("experiment", choices=tuple(EXPERIMENTS))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--out", help="folder of its runs, table and picture (default: runs/EXPERIMENT)")
     add("--dry-run", action="store_true", help="show what is finished and what is left, and run nothing")
     args, extra = parser.parse_known_args(argv)
+    for flag in ("--data", "--fresh", "--resume"):
+        if flag in extra:
+            raise UserError(f"{flag}: an experiment decides that itself; leave it out")
     experiment, out = EXPERIMENTS[args.experiment], Path(args.out or f"runs/{args.experiment}")
-    runs = plan(experiment, args.seeds, out, extra)
+    runs = plan(experiment, dict.fromkeys(args.seeds), out, extra)
     left = [run for run in runs if not finished(run)]
     print(f"{args.experiment}: {len(runs) - len(left)} of {len(runs)} runs finished" + "".join(
-        f"\n  left: {run['row']}, seed {run['seed']}: {shlex.join(run['command'])}" for run in left))
+        f"\n  left: {run['row']}, seed {run['seed']}: {shlex.join(run['command'])}" for run in left), flush=True)
     if args.dry_run:
         return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
     began, failed = time.time(), []
     for number, run in enumerate(left):
         clock = time.time()
         code = execute(run)
         if code or not finished(run):
             failed.append(run)
-            print(f"FAILED {run['row']}, seed {run['seed']} (exit code {code}): see {run['folder']}/output.txt", flush=True)
+            how = f"failed (exit code {code})" if code else "was stopped before its end"
+            print(f"{run['row']}, seed {run['seed']} {how}: see {run['folder']}/output.txt", flush=True)
             continue
         cells = tabulate(experiment, [run])[run["row"]]
         values = ", ".join(f"{column} {cell['mean']:.1f}" for column, cell in cells.items())
@@ -145,13 +165,16 @@ def main(argv=None):
     table = tabulate(experiment, runs)
     if not table:
         raise UserError(f"no run of {args.experiment} has finished; the reason stands in {out}/*/output.txt")
+    versions = sorted({results["version"] for results in map(finished, runs) if results})
     (out / "table.json").write_text(json.dumps({"title": experiment["title"], "commands": experiment["rows"], "flags": extra,
-                                                "rows": table}, indent=1) + "\n")
+                                                "versions": versions, "rows": table}, indent=1) + "\n")
     (out / "table.md").write_text(markdown(experiment, table))
     draw(experiment, table, out / "table.png")
     print(f"\n{experiment['title']}\n\n{markdown(experiment, table)}\n{out}/table.md, table.json, table.png")
+    if len(versions) > 1:
+        print(f"the runs are of different versions of the code: {', '.join(versions)}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed, their rows lack them; the same command tries them again")
+        raise UserError(f"{len(failed)} of {len(runs)} runs did not finish, their rows lack them; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -187,6 +187,8 @@ def main(argv=None):
         if left_out:
             print(f"({left_out} clips left out: unreadable, or without {'picture' if asks == 'audio' else 'sound'})")
         return
+    if args.data in data.SOUNDS:
+        raise UserError(f"--data {args.data} has no pictures; retrieval needs both")
     listing = data.list_clips(args.data, args.data_dir, "test")
     if listing.labels is None:
         print(f"{args.data_dir} has no sub-folders and so no held-out part: pre-training saw these clips")

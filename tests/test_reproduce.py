@@ -25,7 +25,8 @@ def experiment(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     rows = {"ten": f"{script} --way 10", "twenty and more": f"{script} --way 20"}
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "masking", dict(title="What: of what", columns={"audio": ("trained", "audio")}, rows=rows))
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "masking", dict(title="What: of what", columns={"audio": ("trained", "audio")}, flags="",
+                                                               rows=rows))
     return tmp_path / "out"
 
 
@@ -60,10 +61,10 @@ def test_a_dry_run_shows_what_is_left_and_runs_nothing(experiment, capsys):
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on_and_the_next_call_tries_it_again(experiment, capsys):
-    with pytest.raises(UserError, match="1 of 2 runs failed"):
+    with pytest.raises(UserError, match="1 of 2 runs did not finish"):
         reproduce.main(["masking", "--out", str(experiment), "--seeds", "0", "--broken", "10"])
     shown = capsys.readouterr().out
-    assert "FAILED ten, seed 0 (exit code 1)" in shown and "| twenty and more | 20.0" in shown
+    assert "ten, seed 0 failed (exit code 1)" in shown and "| twenty and more | 20.0" in shown
     assert "this way is broken" in (experiment / "ten-seed0" / "output.txt").read_text()
     with pytest.raises(UserError):
         reproduce.main(["masking", "--out", str(experiment), "--seeds", "0", "--broken", "10"])
@@ -84,19 +85,50 @@ def test_a_signal_saves_the_run_under_way_which_the_next_call_then_ends(toy, tmp
     words += "--steps 60 --batch-size 4 --workers 0 --log-every 1".split()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until = time.time() + 60
-    while time.time() < until and len(common.read_log(folder)) < 4:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    try:
+        until = time.time() + 60
+        while time.time() < until and len(common.read_log(folder)) < 4:
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGTERM)
     shown, stopped = process.communicate(timeout=60)[0], len(common.read_log(folder))
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in shown
     assert 3 < stopped < 60 and common.load_checkpoint(folder)["step"] == stopped and not (folder / "results.json").exists()
-    ajepa.main([*json.loads((folder / "command.json").read_text())[1:]])                # what the next call does first
+    ajepa.main([*json.loads((folder / "command.json").read_text())["command"][1:]])                # what the next call does first
     assert [row["step"] for row in common.read_log(folder)] == list(range(60))         # nothing twice, nothing left out
     assert "left: random" not in subprocess.run([*words, "--dry-run"], env=env, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("flags, says", [(["nothing"], "invalid choice"), (["masking", "--seeds"], "expected at least one")])
-def test_bad_flags_end_with_a_sentence(flags, says):
-    done = subprocess.run([sys.executable, str(ROOT / "reproduce.py"), *flags], capture_output=True, text=True)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+def test_flags_that_made_every_run_fail_do_not_block_the_folder(experiment):
+    with pytest.raises(UserError, match="no run"):
+        reproduce.main(["masking", "--out", str(experiment), "--seeds", "0", "--sleep", "much"])
+    reproduce.main(["masking", "--out", str(experiment), "--seeds", "0"])
+    assert len(started(experiment)) == 4
+
+
+def test_a_row_keeps_its_own_flags_and_a_folder_may_move(experiment):
+    reproduce.main(["masking", "--out", str(experiment), "--seeds", "0", "--way", "5"])
+    assert json.loads((experiment / "table.json").read_text())["rows"]["ten"]["audio"]["values"] == {"0": 10}
+    experiment.rename(experiment.parent / "moved")
+    reproduce.main(["masking", "--out", str(experiment.parent / "moved"), "--seeds", "0", "--way", "5"])
+    assert len(started(experiment.parent / "moved")) == 2
+
+
+def test_results_that_were_cut_off_count_as_unfinished_and_one_seed_has_no_spread(experiment):
+    reproduce.main(["masking", "--out", str(experiment), "--seeds", "0"])
+    (experiment / "ten-seed0" / "results.json").write_text('{"trained": {"aud')
+    reproduce.main(["masking", "--out", str(experiment), "--seeds", "0", "0"])
+    assert started(experiment) == ["ten-seed0", "twenty-and-more-seed0", "ten-seed0"]
+    assert "| ten | 10.0 | 0 |" in (experiment / "table.md").read_text()
+
+
+@pytest.mark.parametrize("flags, says", [(["masking", "--fresh"], "decides that itself"), (["masking", "--data", "folder"], "decides"),
+                                         (["masking", "--out", __file__], "cannot be made")])
+def test_what_an_experiment_cannot_take_is_refused(flags, says):
+    with pytest.raises(UserError, match=says):
+        reproduce.main(flags)
+
+
+def test_a_bad_flag_ends_the_command_with_a_sentence():
+    done = subprocess.run([sys.executable, str(ROOT / "reproduce.py"), "masking", "--fresh"], capture_output=True, text=True)
+    assert done.returncode == 2 and "error: --fresh: an experiment decides that itself" in done.stderr and "Traceback" not in done.stderr

@@ -43,7 +43,7 @@ def read(path):
     """What a JSON file holds, None if it is missing or cut off."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, json.JSONDecodeError):
         return None
 
 
@@ -120,7 +120,8 @@ def draw(experiment, table, path):
             ax.plot([x] * len(cell["values"]), cell["values"].values(), "ko", ms=4, mfc="w")
     ax.set(xticks=range(len(rows)), ylabel="percent", title="\n".join(experiment["title"].split(": ")))
     ax.set_xticklabels(rows)
-    ax.legend(loc="lower right")
+    ax.set_ylim(top=1.2 * ax.get_ylim()[1])             # room for the legend
+    ax.legend(loc="upper right", ncol=len(columns))
     fig.tight_layout()
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -336,6 +336,16 @@ def test_the_pitch_of_a_tone_is_found_on_every_fold(ajepa, esc50):
     assert (done.stdout + done.stderr).count("the file is empty") == 1                 # all clips are decoded once
 
 
+@pytest.mark.parametrize("name", data.SOUNDS)
+def test_the_flags_that_a_newcomer_gives_suffice(ajepa, name, request, monkeypatch):
+    folder = request.getfixturevalue({"speechcommands": "speech"}.get(name, name))
+    real = probe.train_heads
+    monkeypatch.setattr(probe, "train_heads", lambda heads, batches, steps, *a, **k: real(heads, batches, min(steps, 3), *a, **k))
+    probe.main(["--ckpt", str(ajepa), "--data", name, "--data-dir", str(folder), "--workers", "0", "--device", "cpu"])
+    row = last_row(ajepa)
+    assert row["data"] == name and row["lrs"] == list(probe.FROZEN_LRS) and row["epochs"] * row["batch_size"] > 0 and row["version"]
+
+
 def test_windows_cover_a_clip_of_25_seconds_and_are_averaged_to_a_map(ajepa, fsd50k):
     row = quick(ajepa, "fsd50k", fsd50k, "--lr", 1e-2)
     assert row["metric"] == "mAP" and row["views"] == 8 and row["N"] == 5 and row["classes"] == 3      # 8 x 3.84 s are more than 30

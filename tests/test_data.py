@@ -635,7 +635,7 @@ def test_audioset_is_listed_by_its_csv_whatever_the_files_are_called(tmp_path, n
     assert contents(listing) == expected and listing.missing == missing and listing.multilabel
     assert listing.classes == [name for _, name in CLASSES]
     targets = listing.targets(range(len(listing)))
-    assert targets.shape == (len(expected), 4) and targets.dtype == torch.float32
+    assert targets.shape == (len(expected), 4) and targets.dtype == torch.uint8
     for row, labels in zip(targets, contents(listing).values()):
         assert [name for (_, name), hot in zip(CLASSES, row) if hot == 1] == [n for _, n in CLASSES if n in labels]
         assert row.sum() == len(labels)

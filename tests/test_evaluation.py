@@ -157,7 +157,7 @@ def test_bad_input_to_retrieval_ends_in_one_sentence(argv, sentence):
 
 
 @pytest.mark.parametrize("argv,sentence", [
-    (["--data", "toy", "--ckpt", "nowhere"], "no such checkpoint"), (["--data", "folder", "--ckpt", "x"], "needs --data-dir"),
+    (["--data", "toy", "--ckpt", "nowhere"], "no such checkpoint"), (["--data", "folder", "--ckpt", "x"], "no such checkpoint"),
     (["--data", "toy", "--ckpt", "x", "--lr", "-1"], "out of range")])
 def test_bad_input_to_probe_ends_in_one_sentence(toy, argv, sentence):
     with pytest.raises(common.UserError, match=sentence):

@@ -6,7 +6,7 @@ From top to bottom: encoder, masks, EMA, SIGReg, schedules, health, processes, c
     encoder = common.load_encoder("runs/avjepa_lejepa-toy-seed0/latest.pt")       # frozen, of any of the methods
     tokens, embedding = encoder(video=video, audio=audio)                         # or one of the two alone
 """
-import argparse, contextlib, json, math, os, signal, subprocess, sys
+import argparse, contextlib, datetime, json, math, os, signal, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -417,7 +417,9 @@ def start_process(device="auto"):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device}: this machine or this torch does not have it; use cpu, mps, cuda or auto") from None
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(**({"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}))
+        # rank 0 alone writes the toy clips and the statistics of the mel: the others wait, maybe longer than NCCL's 10 minutes
+        how = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(timeout=datetime.timedelta(minutes=30), **how)
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:                                               # elsewhere bf16 is emulated, and slower than float32
@@ -505,7 +507,7 @@ def replace_file(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
@@ -535,7 +537,8 @@ def load_checkpoint(path, method=None, device="cpu"):
 def load_weights(module, weights, path):
     """load_state_dict, with a sentence where the names or the shapes are others."""
     if weights.keys() != module.state_dict().keys():
-        raise UserError(f"{path}: its weights have other names than this version's; use the commit that its 'version' names, or train anew")
+        raise UserError(f"{path}: its weights have other names than the model that was asked for: another --size or recipe, or another "
+                        "version of the code (the checkpoint's 'version' names its commit)")
     try:
         module.load_state_dict(weights)
     except RuntimeError:
@@ -615,8 +618,6 @@ def open_run(args, method, recipe, process):
                 raise UserError(f"{file}: the run there has {', '.join(other)}; give another --out, or --fresh to start over")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not found and process.main:
-            (out / "results.json").unlink(missing_ok=True)          # of a run that this one writes over
     except OSError as e:
         raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
     step = found["step"] if found else 0
@@ -631,6 +632,7 @@ class Log:
     def __init__(self, out, start, process):
         self.file, self.on = Path(out) / "log.jsonl", process.main
         if self.on:
+            (Path(out) / "results.json").unlink(missing_ok=True)        # of a run that this one writes over; its end writes it anew
             rows = [row for row in read_log(out) if row["step"] < start]
             self.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -674,8 +674,9 @@ class Troubles:
 
     def add(self, batch):
         if len(batch["index"]):
-            for key, flag in (("no_video", ~batch["has_video"]), ("no_audio", ~batch["has_audio"]), ("short", batch["short"])):
-                self.counts[key] += int(flag.sum())
+            for key in ("video", "audio"):
+                self.counts[f"no_{key}"] += int((~batch[f"has_{key}"]).sum()) if key in batch else 0        # only what was asked for
+            self.counts["short"] += int(batch["short"].sum())
         self.name(batch["bad"])
         if batch["lost"]:
             raise UserError(f"20 clips in a row do not decode, the last: {batch['bad'][-1]}; look at the files with python data.py --check")

@@ -16,7 +16,7 @@ from common import Help, UserError, code_version, main_guard, replace_file
 EXPERIMENTS = {
     # name: what the title says; {column: where it lies in results.json}; flags of all rows, which the user's may replace; {row: command}
     "masking": dict(
-        title="A-JEPA's table of maskings (seed, section 9), on the toy data: linear probe on held-out clips, top-1 in percent",
+        title="A-JEPA's table of maskings, on the toy data: linear probe on held-out clips, top-1 in percent",
         columns={"linear probe": ("trained", "audio"), "untrained": ("untrained", "audio")},
         flags="--steps 500",                            # half of the toy run, for 15 runs in 40 minutes
         rows={"random patches, 75 %": "ajepa.py --masking random --mask-ratio 0.75",
@@ -40,25 +40,29 @@ def plan(experiment, seeds, out, extra):
 
 
 def read(path):
-    """What a JSON file holds, None if it is missing or cut off."""
+    """The dict in a JSON file, None if it is missing, cut off or something else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def finished(run):
     """The results of a run, or None if it is not finished. Raises UserError if the folder holds a run of another command."""
     begun, results = read(run["folder"] / "command.json"), read(run["folder"] / "results.json")
-    if begun and begun["command"][:-2] != run["command"][:-2] and (results or (run["folder"] / "latest.pt").is_file()):
+    same = begun and begun["command"][:-2] == run["command"][:-2]          # but for --out: the folder may have moved
+    if not same and (results or (run["folder"] / "latest.pt").is_file()):
         raise UserError(f"{run['folder']} holds a run of another command; give another --out, or remove it")
-    return {**results, "version": begun["version"]} if begun and results else None
+    return {**results, "versions": begun["versions"]} if same and results else None
 
 
 def execute(run):
     """Run the command to its end; its output goes into the folder. Returns the exit code."""
     run["folder"].mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"command": run["command"], "version": code_version()})
+    before = read(run["folder"] / "command.json") if (run["folder"] / "latest.pt").is_file() else None
+    versions = dict.fromkeys([*(before["versions"] if before else []), code_version()])     # of all that trained it
+    content = json.dumps({"command": run["command"], "versions": list(versions)})
     replace_file(run["folder"] / "command.json", lambda f: f.write(content.encode()))
     with open(run["folder"] / "output.txt", "ab") as output:
         script, *flags = run["command"]
@@ -135,9 +139,9 @@ def main(argv=None):
     add("--out", help="folder of its runs, table and picture (default: runs/EXPERIMENT)")
     add("--dry-run", action="store_true", help="show what is finished and what is left, and run nothing")
     args, extra = parser.parse_known_args(argv)
-    for flag in ("--data", "--fresh", "--resume"):
-        if flag in extra:
-            raise UserError(f"{flag}: an experiment decides that itself; leave it out")
+    for word in extra:
+        if word.split("=")[0] in ("--data", "--fresh", "--resume"):
+            raise UserError(f"{word}: an experiment decides that itself; leave it out")
     experiment, out = EXPERIMENTS[args.experiment], Path(args.out or f"runs/{args.experiment}")
     runs = plan(experiment, dict.fromkeys(args.seeds), out, extra)
     left = [run for run in runs if not finished(run)]
@@ -166,9 +170,10 @@ def main(argv=None):
     table = tabulate(experiment, runs)
     if not table:
         raise UserError(f"no run of {args.experiment} has finished; the reason stands in {out}/*/output.txt")
-    versions = sorted({results["version"] for results in map(finished, runs) if results})
-    (out / "table.json").write_text(json.dumps({"title": experiment["title"], "commands": experiment["rows"], "flags": extra,
-                                                "versions": versions, "rows": table}, indent=1) + "\n")
+    versions = sorted({version for results in map(finished, runs) if results for version in results["versions"]})
+    content = {"title": experiment["title"], "commands": experiment["rows"], "flags": [*shlex.split(experiment["flags"]), *extra],
+               "versions": versions, "rows": table}
+    (out / "table.json").write_text(json.dumps(content, indent=1) + "\n")
     (out / "table.md").write_text(markdown(experiment, table))
     draw(experiment, table, out / "table.png")
     print(f"\n{experiment['title']}\n\n{markdown(experiment, table)}\n{out}/table.md, table.json, table.png")

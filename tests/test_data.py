@@ -552,7 +552,13 @@ def test_files_beside_the_sub_folders_are_searched_and_else_said_to_be_left_out(
 def trouble(*bad, **flags):
     """What collate says of a batch: its flags as lists, no clip at all without flags."""
     index = torch.arange(len(flags.get("short", [])))
-    return {"bad": list(bad), "lost": 0, "index": index, **{k: torch.tensor(v) for k, v in flags.items()}}
+    return {"bad": list(bad), "lost": 0, "index": index, "video": 0, "audio": 0, **{k: torch.tensor(v) for k, v in flags.items()}}
+
+
+def test_a_stream_that_no_view_asked_for_is_not_counted_as_missing():
+    troubles, batch = data.Troubles(20), trouble(has_video=[False, False], has_audio=[True, False], short=[False, False])
+    troubles.add({key: value for key, value in batch.items() if key != "video"})
+    assert troubles.row() == {"bad_clips": 0, "no_video": 0, "no_audio": 1, "short": 0}
 
 
 def test_troubles_names_each_bad_clip_once_and_stops_above_the_share(capsys):

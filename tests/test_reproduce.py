@@ -122,7 +122,18 @@ def test_results_that_were_cut_off_count_as_unfinished_and_one_seed_has_no_sprea
     assert "| ten | 10.0 | 0 |" in (experiment / "table.md").read_text()
 
 
-@pytest.mark.parametrize("flags, says", [(["masking", "--fresh"], "decides that itself"), (["masking", "--data", "folder"], "decides"),
+def test_a_run_that_someone_else_left_in_the_folder_is_refused_and_never_counted(experiment):
+    (experiment / "ten-seed0").mkdir(parents=True)
+    for begun in (None, '["script.py", "--way", "10"]'):
+        (experiment / "ten-seed0" / "results.json").write_text('{"trained": {"audio": 99}}')
+        if begun:
+            (experiment / "ten-seed0" / "command.json").write_text(begun)
+        with pytest.raises(UserError, match="another command"):
+            reproduce.main(["masking", "--out", str(experiment), "--seeds", "0"])
+    assert not (experiment / "order.txt").exists()
+
+
+@pytest.mark.parametrize("flags, says", [(["masking", "--fresh"], "decides that itself"), (["masking", "--data=folder"], "decides"),
                                          (["masking", "--out", __file__], "cannot be made")])
 def test_what_an_experiment_cannot_take_is_refused(flags, says):
     with pytest.raises(UserError, match=says):

@@ -42,7 +42,7 @@ RECIPE = {
     "pos":          ("learned",            "learned",      "seed (paper: sincos)"),     # unspecified: frequency + time
     "masking":      ("multiblock",         "multiblock",   "seed: 4 blocks a clip"),
     "block_scale":  ((0.15, 0.2),          (0.15, 0.2),    "seed: area of a block, of the grid"),
-    "block_aspect": ((0.75, 1.5),          (0.75, 1.5),    "seed: time over frequency"),    # unspecified: see block_sizes
+    "block_aspect": ((0.75, 1.5),          (0.75, 1.5),    "seed: time over frequency"),    # unspecified: see aspect_range
     "hidden":       ((0.6, 0.75),          (0.6, 0.75),    "seed: share that the union of the blocks hides"),
     "pred_depth":   (6,                    3,              "seed (paper: 16); with this width 11 M parameters, not the seed's ~22 M"),
     "pred_dim":     (384,                  64,             "seed: 12 heads, 32 dimensions each (paper: 512)"),

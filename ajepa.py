@@ -327,7 +327,7 @@ def main(argv=None):
     if args.compile:
         model.context_encoder.compile(), model.target_encoder.compile()
 
-    def save(step):
+    def save(step):                                     # weights: the seed names the context encoder, and the teacher as well
         if process.main:
             common.save_checkpoint(Path(args.out) / "latest.pt", method=METHOD, step=step, steps=steps, args=vars(args), recipe=recipe,
                                    inputs=asdict(inputs), encoder=config, projector=None, weights="context_encoder",

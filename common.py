@@ -202,6 +202,7 @@ class ViT(nn.Module):
         x = x if visible is None else gather(x, visible)                                    # (B, K, D)
         x = x if self.cls is None else torch.cat([self.cls.expand(len(x), -1, -1), x], 1)   # (B, 1 + N, D)
         x = self.transformer(self.dropout(self.norm_in(x)), mask, layers)
+        # unspecified (A-JEPA, features of several layers): whether and how the inner layers are normed
         return self.norm_out(x) if layers is None else torch.cat([self.norm_out(h) for h in x], -1)
 
     def read_out(self, x, video=True, audio=True):

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import common, data, probe                              # before torch: common sets how its threads wait
-from common import UserError, ViT, gather
+from common import UserError, ViT, gather, nearest
 
 import numpy as np
 import torch
@@ -142,17 +142,6 @@ def hide_blocks(rng, grid, recipe, low, high):
         return mask
 
     return nearest((draw() for _ in range(50)), lambda mask: max(low - int(mask.sum()), int(mask.sum()) - high, 0))
-
-
-def nearest(draws, off, near=0):
-    """The first of some draws that is off by `near` or less, or the one that is off least."""
-    best = None
-    for one in draws:
-        if best is None or off(one) < off(best):
-            best = one
-        if off(best) <= near:
-            break
-    return best
 
 
 def hide_curriculum(rng, grid, recipe, time_frequency):

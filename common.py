@@ -6,7 +6,7 @@ From top to bottom: encoder, masks, EMA, SIGReg, schedules, health, processes, c
     encoder = common.load_encoder("runs/avjepa_lejepa-toy-seed0/latest.pt")       # frozen, of any of the methods
     tokens, embedding = encoder(video=video, audio=audio)                         # or one of the two alone
 """
-import argparse, contextlib, datetime, json, math, os, signal, subprocess, sys
+import argparse, contextlib, copy, datetime, json, math, os, signal, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +71,11 @@ class Transformer(nn.Module):
 
     def forward(self, x, mask=None, layers=None):
         """(B, N, D) -> the same; or, with layers (indices of blocks), the outputs of those, a list."""
-        outputs = []
-        for block in self.blocks:
+        outputs = {}
+        for number, block in enumerate(self.blocks):
             x = recompute(block, x, mask, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else block(x, mask)
-            if layers is not None:                      # else they would all stay in memory
-                outputs.append(x)
+            if number in (layers or ()):                # else they would all stay in memory
+                outputs[number] = x
         return x if layers is None else [outputs[layer] for layer in layers]
 
 
@@ -159,10 +159,11 @@ class ViT(nn.Module):
 
     size: a name of SIZES. video: dict(shape=(T, H, W), patch=(t, h, w)) or None; audio: dict(shape=(F, T), patch=(f, t)) or
     None. absent: 'zero' runs all tokens with the input of the absent modality at zero, 'drop' leaves its tokens out.
-    norm_in: LayerNorm on the tokens before the first block; norm_out: after the last.
+    norm_in: LayerNorm on the tokens before the first block; norm_out: after the last. levels: indices of inner blocks whose output
+    has a LayerNorm of its own.
     """
     def __init__(self, size, video=None, audio=None, cls=False, positions="factorised", absent="drop", norm_in=False,
-                 norm_out=True, dropout=0.0, checkpoint=False):
+                 norm_out=True, dropout=0.0, checkpoint=False, levels=()):
         super().__init__()
         if size not in SIZES:
             raise UserError(f"--size {size}: unknown ViT; one of {', '.join(SIZES)}")
@@ -181,6 +182,7 @@ class ViT(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.transformer = Transformer(dim, depth, heads, mlp, dropout, checkpoint)
         self.norm_out = nn.LayerNorm(dim, eps=1e-6) if norm_out else nn.Identity()
+        self.norms = nn.ModuleDict({str(level): nn.LayerNorm(dim, eps=1e-6) for level in levels})
         self.apply(init_weights)
 
     def embed(self, video=None, audio=None):
@@ -194,16 +196,18 @@ class ViT(nn.Module):
                 tokens.append(t if self.modality is None else t + self.modality[which])
         return torch.cat(tokens, 1)
 
-    def forward(self, video=None, audio=None, visible=None, mask=None, layers=None):
-        """video (B, 3, T, H, W) and/or audio (B, 1, F, T); visible (B, K): the token indices to run, of those of `embed`; mask: of
-        `attention`. Returns (B, [1 +] N or K, dim), CLS first; with layers (indices of blocks) their outputs side by side, each
-        through the last norm: (B, [1 +] N or K, len(layers) dim)."""
-        x = self.embed(video, audio)                                                        # (B, N, D)
+    def forward(self, video=None, audio=None, visible=None, mask=None, layers=None, tokens=None):
+        """video (B, 3, T, H, W) and/or audio (B, 1, F, T), or their tokens (B, N, dim) of `embed`; visible (B, K): the indices of the
+        tokens to run; mask: of `attention`. Returns (B, [1 +] N or K, dim), CLS first; with layers (indices of blocks) their outputs side
+        by side, each through its own norm or, where it has none, the last one: (B, [1 +] N or K, len(layers) dim)."""
+        x = self.embed(video, audio) if tokens is None else tokens                          # (B, N, D)
         x = x if visible is None else gather(x, visible)                                    # (B, K, D)
         x = x if self.cls is None else torch.cat([self.cls.expand(len(x), -1, -1), x], 1)   # (B, 1 + N, D)
         x = self.transformer(self.dropout(self.norm_in(x)), mask, layers)
+        if layers is None:
+            return self.norm_out(x)
         # unspecified (A-JEPA, features of several layers): whether and how the inner layers are normed
-        return self.norm_out(x) if layers is None else torch.cat([self.norm_out(h) for h in x], -1)
+        return torch.cat([(self.norms[str(n)] if str(n) in self.norms else self.norm_out)(h) for n, h in zip(layers, x)], -1)
 
     def read_out(self, x, video=True, audio=True):
         """The output of `forward` on all tokens -> (tokens of the modalities that were given, clip embedding (B, D)): CLS where
@@ -214,11 +218,11 @@ class ViT(nn.Module):
         return x, x.mean(1) if cls is None else cls
 
 
-def mlp(dim, widths):
-    """Linear layers with BatchNorm and GELU between them. (N, dim) -> (N, widths[-1])"""
+def mlp(dim, widths, norm=True):
+    """Linear layers with GELU, and with `norm` BatchNorm, between them. (N, dim) -> (N, widths[-1])"""
     layers = []
     for width in widths[:-1]:
-        layers += [nn.Linear(dim, width), nn.BatchNorm1d(width), nn.GELU()]
+        layers += [nn.Linear(dim, width), *([nn.BatchNorm1d(width)] if norm else []), nn.GELU()]
         dim = width
     return nn.Sequential(*layers, nn.Linear(dim, widths[-1]))
 
@@ -265,6 +269,17 @@ def cover(grid, blocks):
     for top, left, height, width in blocks:
         mask[top:top + height, left:left + width] = True
     return mask
+
+
+def nearest(draws, off, near=0):
+    """The first of some draws that is off by `near` or less, or the one that is off least."""
+    best = None
+    for one in draws:
+        if best is None or off(one) < off(best):
+            best = one
+        if off(best) <= near:
+            break
+    return best
 
 
 def meet_count(rng, mask, count, keep=None):
@@ -391,6 +406,13 @@ class Process:
         if self.world > 1:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value.item())
+
+    def total(self, x):
+        """The sum over the ranks of a tensor."""
+        x = x.to(self.device)
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
 
     def barrier(self):
         if dist.is_initialized():
@@ -550,11 +572,13 @@ def load_weights(module, weights, path):
 class FrozenEncoder(nn.Module):
     """What load_encoder returns. Call: video (B, 3, T, H, W) and/or audio (B, 1, F, T), normalised as data.py delivers them ->
     tokens (B, N, D) of the modalities given, video first, and the clip embedding (B, D). `.inputs` goes into data.load_clip;
-    `.projector` maps the embedding to where the loss was taken, None for a method that has none. layers: indices of blocks whose
-    outputs stand side by side in D, instead of the last one's alone."""
-    def __init__(self, vit, projector, content, layers=None):
+    `.projector` maps the embedding to where the loss was taken, None for a method that has none; `.cross` holds the predictors from
+    one input's embedding to what `.teacher`, a FrozenEncoder, makes of another, by name ("a->v"), both None for a method that has none.
+    layers: indices of blocks whose outputs stand side by side in D, instead of the last one's alone."""
+    def __init__(self, vit, projector, content, layers=None, cross=None, teacher=None):
         super().__init__()
-        self.vit, self.projector, self.layers, self.dim = vit, projector, layers, len(layers or [0]) * vit.dim
+        self.vit, self.projector, self.cross, self.teacher = vit, projector, cross, teacher
+        self.layers, self.dim = layers, len(layers or [0]) * vit.dim
         self.inputs, self.method, self.step = content["inputs"], content["method"], content["step"]
         self.eval().requires_grad_(False)
 
@@ -565,6 +589,17 @@ class FrozenEncoder(nn.Module):
 
     def train(self, mode=True):
         return super().train(False)                     # frozen: no dropout, whoever calls .train() around it
+
+
+def stretch_positions(weights, module):
+    """A state dict whose learned positions of video time are interpolated to the number of frames that `module` takes."""
+    weights = dict(weights)
+    for name, now in module.state_dict().items():
+        if name.endswith("video.positions.first") or name.endswith("positions.video.first"):
+            before = weights.get(name)                                                                    # (T, 1, D)
+            if before is not None and before.shape[1:] == now.shape[1:] and len(before) != len(now):
+                weights[name] = F.interpolate(before.permute(1, 2, 0), len(now), mode="linear").permute(2, 0, 1)
+    return weights
 
 
 def load_optimizer(optimizer, state, path):
@@ -587,13 +622,16 @@ def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, 
         seed_step(content["args"]["seed"], 0)
         vit = ViT(**content["encoder"])
         projector = mlp(vit.dim, content["projector"]) if content.get("projector") and not layers else None
+        names = content.get("cross") if not layers else None
+        cross = nn.ModuleDict({name: mlp(vit.dim, 3 * [vit.dim], norm=False) for name in names}) if names else None
+    teacher = copy.deepcopy(vit) if cross else None
     for layer in layers or ():
         check_range("--layers", layer, 0, len(vit.transformer.blocks) - 1)
-    for module, name in ((vit, weights), (projector, "projector")):
+    for module, name in ((vit, weights), (projector, "projector"), (cross, "cross"), (teacher, "target_encoder")):
         if module is not None and not untrained:
             load_weights(module, {k[len(name) + 1:]: v for k, v in content["model"].items() if k.startswith(name + ".")}, path)
     vit.absent = absent or vit.absent
-    return FrozenEncoder(vit, projector, content, layers).to(device)
+    return FrozenEncoder(vit, projector, content, layers, cross, teacher and FrozenEncoder(teacher, None, content)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -638,11 +676,13 @@ class Log:
             self.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, row, show):
-        """row: a flat dict with 'step'. show: the keys that go on the screen."""
+        """row: a flat dict with 'step'. show: the keys that go on the screen; a pair of keys is one value beside the other."""
         if self.on:
             with open(self.file, "a") as f:
                 f.write(json.dumps(row) + "\n")
-            tqdm.write("  ".join(f"{k} {row[k]:.4g}" if isinstance(row[k], float) else f"{k} {row[k]}" for k in show))
+            def text(value):
+                return f"{value:.4g}" if isinstance(value, float) else str(value)
+            tqdm.write("  ".join(f"{k} {text(row[k])}" if isinstance(k, str) else f"{k[0]} {row[k[0]]:.3g}/{row[k[1]]:.3g}" for k in show))
 
 
 def read_log(out):
@@ -667,15 +707,16 @@ def add_row(ckpt, name, row):
 
 
 def draw_curves(out, names, title):
-    """curves.png: a small plot for each named column of the log, over the steps."""
+    """curves.png: a small plot for each named column of the log, over the steps; of a pair of names the second is dashed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = read_log(out)
     fig, axes = plt.subplots(2, math.ceil(len(names) / 2), figsize=(3.2 * math.ceil(len(names) / 2), 5), squeeze=False)
-    for ax, name in zip(axes.flat, names):
-        ax.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r], "k-", lw=1)
-        ax.set(title=name, xlabel="step")
+    for ax, pair in zip(axes.flat, ((name,) if isinstance(name, str) else name for name in names)):
+        for name, line in zip(pair, ("k-", "k--")):
+            ax.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r], line, lw=1)
+        ax.set(title=pair[0], xlabel="step")
         ax.grid(alpha=0.3)
     for ax in list(axes.flat)[len(names):]:
         ax.axis("off")

@@ -177,6 +177,7 @@ def read_clip(path, start=0.0, seconds=10.0, num_frames=16, size=224, sample_rat
 class Inputs:
     """What the encoder eats: saved with each checkpoint, so that whoever loads it prepares a clip in the same way."""
     seconds: float = 8.0            # length of a view
+    video_seconds: float | None = None      # of its pictures, if they cover a part of it only
     frames: int = 16                # video frames spread over it; 0: the encoder takes no video
     size: int = 224                 # side of the square that is cut out ...
     resize: int = 256               # ... after the short side was scaled to this
@@ -245,13 +246,19 @@ class View(NamedTuple):
     seconds: float
     video: str | None               # a crop of crop_transform, or None: no picture in this view
     audio: bool
+    pictures: tuple | None = None   # (start, seconds) of the pictures, if not those of the sound
 
 
-def even_views(count, seconds, rng, duration, video=True, audio=True):
+def place_views(places, inputs, duration, video=True, audio=True):
+    """Views with centre crop at `places`, 0 (as early as can be) to 1 (as late as can be)."""
+    room, spare = (max(0.0, duration - seconds) for seconds in (inputs.seconds, inputs.video_seconds or inputs.seconds))
+    return [View(float(room * place), inputs.seconds, "center" if video else None, audio,
+                 (float(spare * place), inputs.video_seconds) if inputs.video_seconds else None) for place in places]
+
+
+def even_views(count, inputs, rng, duration, video=True, audio=True):
     """`count` test views spread evenly over the clip, centre crop."""
-    room = max(0.0, duration - seconds)
-    starts = [room / 2] if count == 1 else np.linspace(0, room, count)
-    return [View(float(s), seconds, "center" if video else None, audio) for s in starts]
+    return place_views([0.5] if count == 1 else np.linspace(0, 1, count), inputs, duration, video, audio)
 
 
 class Clips(Dataset):
@@ -290,7 +297,7 @@ class Clips(Dataset):
 
         def windows(duration):
             views.extend(self.plan(rng, duration))
-            return [v[:2] for v in views if v.video], [v[:2] for v in views if v.audio]
+            return [v.pictures or v[:2] for v in views if v.video], [v[:2] for v in views if v.audio]
 
         clip = read_windows(self.listing.path(index), windows, self.inputs.frames, self.inputs.resize, self.inputs.sample_rate)
         out = {"index": index, "present": torch.tensor([[bool(v.video), bool(v.audio)] for v in views])}
@@ -328,7 +335,9 @@ def load_clip(path, inputs, start=None):
 
     def middle(duration):
         begin = max(0.0, duration - inputs.seconds) / 2 if start is None else start
-        return [(begin, inputs.seconds)] if inputs.frames else [], [(begin, inputs.seconds)]
+        seconds = inputs.video_seconds or inputs.seconds                        # the pictures: the middle of the sound
+        return ([(begin + max(0.0, min(inputs.seconds, duration - begin) - seconds) / 2, seconds)] if inputs.frames else [],
+                [(begin, inputs.seconds)])
 
     clip, out = read_windows(path, middle, inputs.frames, inputs.resize, inputs.sample_rate), {}
     if clip["has_video"] and inputs.frames:
@@ -921,7 +930,7 @@ def mel_stats(listing, inputs, workers, most):
     sound are left out."""
     some = np.random.default_rng(0).permutation(len(listing))[:most]
     plain = replace(inputs, mel_mean=0.0, mel_std=1.0, columns=None)
-    loader = eval_loader(listing.subset(np.sort(some)), plain, functools.partial(_middle_sound, plain.seconds), 1, workers)
+    loader = eval_loader(listing.subset(np.sort(some)), plain, functools.partial(_middle_sound, plain), 1, workers)
     total, square, count, troubles = 0.0, 0.0, 0, Troubles(len(some))
     for batch in tqdm(loader, desc="stats", unit="clip"):
         troubles.name(batch["bad"])
@@ -934,9 +943,10 @@ def mel_stats(listing, inputs, workers, most):
     return total / count, (square / count - (total / count) ** 2).clamp_min(0).sqrt()
 
 
-def _middle_sound(seconds, rng, duration):
+def _middle_sound(inputs, rng, duration):
     """The middle of a clip, no longer than the clip: padding would shift the mean."""
-    return even_views(1, max(0.1, min(seconds, duration)) if duration else seconds, rng, duration, video=False)
+    seconds = max(0.1, min(inputs.seconds, duration)) if duration else inputs.seconds
+    return even_views(1, replace(inputs, seconds=seconds), rng, duration, video=False)
 
 
 def main(argv=None):

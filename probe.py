@@ -16,6 +16,7 @@ test; the head that is best there is tested. Each result is a row in RUN/probe.j
 (N, views, tokens, D) float16, and where there are labels also labels, (N,) indices or (N, C) zeros and ones, and classes (C,).
 """
 import argparse, contextlib, copy, functools, json, math, os, time
+from dataclasses import replace
 from pathlib import Path
 
 import common, data, retrieval                          # before torch: common sets how its threads wait
@@ -28,10 +29,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 FROZEN_LRS = (1e-3, 1e-2, 1e-1, 1.0)                    # authors' code: 1e-3; each is tried on held-out clips of train
+BLOCKS_LRS = (1e-4, 3e-4, 1e-3, 3e-3)                   # unspecified: of a head with blocks, which larger ones tear apart
+ATTENTIVE = {"avjepa_lejepa": "attentive", "ajepa": "attentive", "mjepa": "blocks"}     # --probe attentive: the head of the method
 # Fine-tuning by method: AV-JEPA, authors' code and 13 epochs (seed); A-JEPA, the two rates (seed, section 8).
 FINETUNE = {
     "avjepa_lejepa": dict(lr=[2e-4], encoder_lr=1e-5, smoothing=0.1, epochs=13, views=6),
     "ajepa":         dict(lr=[1e-3], encoder_lr=1e-5, smoothing=0.0, epochs=30, views=1)}      # unspecified: epochs, views, weight decay
+FINETUNE["mjepa"] = FINETUNE["ajepa"]                   # unspecified: all of it, the paper's probes are frozen
 LONGEST = {"fsd50k": 30.0}                              # seconds: the test views of a set of very unequal clips cover its longest
 MODALITIES = {"audio": ("audio",), "video": ("video",), "av": ("video", "audio")}
 
@@ -84,19 +88,23 @@ class LinearHead(nn.Module):
 
 
 class AttentiveHead(nn.Module):
-    """One learned query attends to the tokens, then linear. (tokens (B, N, D), embedding (B, D)) -> (B, C)"""
-    def __init__(self, dim, classes):
+    """One learned query attends to the tokens, which may go through blocks before, then linear. (tokens (B, N, D), embedding (B, D)) ->
+    (B, C)"""
+    def __init__(self, dim, classes, blocks=0):
         super().__init__()
+        heads = max(1, dim // 64)
         self.norm, self.query = nn.LayerNorm(dim), nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.attend = nn.MultiheadAttention(dim, max(1, dim // 64), batch_first=True)
+        self.attend = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.linear = nn.Linear(dim, classes)
+        self.transformer = common.Transformer(dim, blocks, heads, 4 * dim).apply(common.init_weights)
 
     def forward(self, tokens, embedding):
-        x = self.norm(tokens)
+        x = self.norm(self.transformer(tokens))                                     # (B, N, D)
         return self.linear(self.attend(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0][:, 0])
 
 
-HEADS = {"linear": LinearHead, "attentive": AttentiveHead}
+# MJEPA's "cross-attention + 4 blocks + linear"; unspecified: the order, here the blocks first, as in V-JEPA 2
+HEADS = {"linear": LinearHead, "attentive": AttentiveHead, "blocks": functools.partial(AttentiveHead, blocks=4)}
 
 
 class RawInput(nn.Module):
@@ -121,7 +129,7 @@ def extract(encoders, listing, inputs, modalities, views, process, workers=1, to
     are left out and named on the screen."""
     out, index, troubles = {(e, m): [] for e in encoders for m in modalities}, [], data.Troubles(len(listing))
     needed = {key for m in modalities for key in MODALITIES[m]}
-    plan = functools.partial(data.even_views, views, inputs.seconds, video="video" in needed, audio="audio" in needed)
+    plan = functools.partial(data.even_views, views, inputs, video="video" in needed, audio="audio" in needed)
     for b in data.eval_batches(listing, inputs, plan, max(1, batch // views), workers, troubles, label):
         index.append(b["index"])
         b = data.to_device(b, process.device)
@@ -271,10 +279,10 @@ class Online(nn.Module):
         return [head(tokens.float(), embedding.float()) for head in self.heads]
 
 
-def train_views(rng, duration, seconds, modality):
+def train_views(rng, duration, inputs, modality):
     """One random view with its augmentation."""
-    start = rng.uniform(0, max(0.0, duration - seconds))
-    return [data.View(start, seconds, "random" if modality != "audio" else None, modality != "video")]
+    view, = data.place_views([rng.uniform()], inputs, duration, modality != "audio", modality != "video")
+    return [view._replace(video="random" if view.video else None)]
 
 
 def parameter_groups(model, lrs, encoder_lr):
@@ -296,7 +304,7 @@ def probe_online(kind, encoder, train, test, inputs, process, workers, args, fro
     optimizer = torch.optim.AdamW(parameter_groups(model, lrs, args.encoder_lr))
     per_epoch = max(1, len(inner) // args.batch_size)
     steps = max(1, args.epochs * per_epoch)
-    plan = functools.partial(train_views, seconds=inputs.seconds, modality=modality)
+    plan = functools.partial(train_views, inputs=inputs, modality=modality)
     clips = data.Clips(train.subset(inner.tolist()), inputs, plan, args.seed)
     order = data.Batches(len(clips), min(args.batch_size, len(clips)), args.seed, 0, steps)
     troubles = data.Troubles(len(clips), 1.0)
@@ -318,7 +326,7 @@ def probe_online(kind, encoder, train, test, inputs, process, workers, args, fro
         optimizer.step()
 
     def scores_of(listing, label):
-        plan = functools.partial(data.even_views, args.views, inputs.seconds, video=modality != "audio", audio=modality != "video")
+        plan = functools.partial(data.even_views, args.views, inputs, video=modality != "audio", audio=modality != "video")
         out, index = [], []
         for batch in data.eval_batches(listing, inputs, plan, max(1, 32 // args.views), workers, data.Troubles(len(listing)), label):
             index.append(batch["index"])
@@ -386,7 +394,7 @@ def save_features(args, encoder, listing, inputs, process, workers):
     """Embed each clip of a listing and write args.save_features, as the top of this file says. Clips that cannot be read, or lack a
     stream that the modality needs, are left out, named and counted."""
     out, keys = Path(args.save_features), MODALITIES[args.modality]
-    plan = functools.partial(data.even_views, args.views, inputs.seconds, video="video" in keys, audio="audio" in keys)
+    plan = functools.partial(data.even_views, args.views, inputs, video="video" in keys, audio="audio" in keys)
     index, clip, patch, troubles = [], [], [], data.Troubles(len(listing))
     for b in data.eval_batches(listing, inputs, plan, max(1, 32 // args.views), workers, troubles, "features"):
         has = torch.stack([b[f"has_{key}"] for key in keys]).all(0)                             # (B,)
@@ -421,21 +429,22 @@ def get_args(argv=None):
     add("--data", required=True, help=", ".join(data.NAMES))
     add("--data-dir", help="folder with the clips and the csv files")
     add("--probe", choices=("linear", "attentive", "finetune"), default="linear")
-    add("--head", choices=tuple(HEADS), help="of --probe finetune; default: linear")
+    add("--head", choices=tuple(HEADS), help="of --probe finetune and attentive; default: linear fine-tuned, else attentive (one query), "
+        "for MJEPA blocks (four blocks before it)")
     add("--modality", choices=tuple(MODALITIES), help="default: all that the encoder takes and the set has")
     add("--baseline", choices=("untrained", "raw"), help="instead of the trained encoder: as it was initialised, or the input itself")
     add("--encoder", choices=("context", "target"), help="of a method that has both; default: the one that it evaluates")
     add("--layers", type=int, nargs="+", help="blocks, from 0, whose outputs are put side by side; default: the last one's alone")
     add("--absent", choices=("zero", "drop"), help="if other than in training")
     add("--seconds", type=float, help="length of a view of sound; default: the encoder's, or the clips' where they are all shorter")
-    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps); fine-tuned 13 (AV-JEPA), 30 (A-JEPA)")
+    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps); fine-tuned 13 (AV-JEPA), 30 (others)")
     add("--batch-size", type=int, help="default: 512 frozen (an eighth of a small set), 64 fine-tuned")
-    add("--lr", type=float, nargs="+", help="tried on held-out clips of train; default: 1e-3 1e-2 1e-1 1 frozen, fine-tuned that of the "
-        "head, 2e-4 (AV-JEPA), 1e-3 (A-JEPA)")
+    add("--lr", type=float, nargs="+", help="tried on held-out clips of train; default: 1e-3 1e-2 1e-1 1 frozen, 1e-4 3e-4 1e-3 3e-3 "
+        "with blocks; fine-tuned that of the head, 2e-4 (AV-JEPA), 1e-3 (others)")
     add("--encoder-lr", type=float, help="of the encoder in fine-tuning; default: 1e-5")
     add("--regularised-masking", type=float, default=0.0, metavar="SHARE",
         help="fine-tuning: share of the tokens that may not attend with their own score (the paper of A-JEPA: 0.1)")
-    add("--views", type=int, help="test views that are averaged; default: 4 frozen; fine-tuned 6 (AV-JEPA), 1 (A-JEPA); fsd50k: as many "
+    add("--views", type=int, help="test views that are averaged; default: 4 frozen; fine-tuned 6 (AV-JEPA), 1 (others); fsd50k: as many "
         "as cover 30 s; 1 where a view holds each whole clip")
     add("--save-features", metavar="OUT.npz", help="instead of a probe: write the features of the clips")
     add("--split", choices=("train", "test", "all"), help="of --save-features; default: all")
@@ -458,7 +467,7 @@ def get_args(argv=None):
     if raw and (args.probe != "linear" or args.patch_level or args.layers):
         raise UserError("--baseline raw has no tokens, no layers and nothing to train; use --probe linear without --layers, --patch-level")
     for flag, given, applies, needs in (
-            ("--head", args.head, finetune and not saves, "--probe finetune"),
+            ("--head", args.head, args.probe != "linear" and not saves, "--probe finetune or attentive"),
             ("--cache-gb", args.cache_gb is not None, args.probe == "attentive" and not saves, "--probe attentive"),
             ("--encoder-lr", args.encoder_lr is not None, finetune and not saves, "--probe finetune"),
             ("--regularised-masking", args.regularised_masking, finetune and not saves, "--probe finetune"),
@@ -466,6 +475,8 @@ def get_args(argv=None):
             ("--encoder", args.encoder, not args.baseline, "the trained encoder; leave --baseline out")):
         if given and not applies:
             raise UserError(f"{flag} has no effect without {needs}")
+    if args.probe == "attentive" and args.head == "linear":
+        raise UserError("--head linear reads no tokens; use --probe linear, or another --head")
     if saves and any((args.probe != "linear", args.epochs, args.batch_size, args.lr)):
         raise UserError("--save-features trains nothing; leave --probe, --epochs, --batch-size and --lr out")
     if saves and (not Path(args.save_features).absolute().parent.is_dir() or Path(args.save_features).is_dir()):
@@ -478,19 +489,22 @@ def choose_views(args, encoder, listing):
     """Settle what depends on the encoder and the set: args.modality, args.views, args.train_views. Returns the Inputs."""
     vit, inputs = encoder.vit, data.Inputs(**encoder.inputs)
     takes = [key for key in ("video", "audio") if getattr(vit, key) is not None]
-    args.modality = args.modality or ("av" if len(takes) == 2 and args.data not in data.SOUNDS else takes[-1])
+    args.modality = args.modality or ("audio" if args.data in data.SOUNDS else "av" if len(takes) == 2 else takes[0])
     for key in MODALITIES[args.modality]:
         if key not in takes:
             raise UserError(f"--modality {args.modality}: {encoder.method} takes no {key}")
         if key == "video" and args.data in data.SOUNDS:
             raise UserError(f"--modality {args.modality}: {args.data} has no pictures; use --modality audio")
+    if args.modality == "video" and inputs.video_seconds:                                       # the pictures are all of the view
+        inputs = replace(inputs, seconds=inputs.video_seconds, video_seconds=None)
     if args.modality == "audio":
         seconds = args.seconds or min(inputs.seconds, listing.seconds or inputs.seconds)
         inputs = inputs.at(seconds, vit.audio.patch[1])
     elif args.seconds not in (None, inputs.seconds):
-        raise UserError(f"--seconds {args.seconds:g}: pictures come in the {inputs.seconds:g} s of training; leave it out, or give "
-                        "--modality audio")
-    whole, longest = listing.seconds is not None and listing.seconds <= inputs.seconds, LONGEST.get(args.data)
+        raise UserError(f"--seconds {args.seconds:g}: pictures come in the {inputs.video_seconds or inputs.seconds:g} s of training; leave "
+                        "it out, or give --modality audio")
+    covered = args.modality == "av" and inputs.video_seconds or inputs.seconds                  # by sound and pictures of a view
+    whole, longest = listing.seconds is not None and listing.seconds <= covered, LONGEST.get(args.data)
     usual = FINETUNE[encoder.method]["views"] if args.probe == "finetune" else 4                # frozen: authors' code of AV-JEPA
     args.views = args.views or (1 if whole else math.ceil(longest / inputs.seconds) if longest else usual)
     # unspecified: the training views; a frozen head draws, each epoch, one of two windows of a clip, or of the test's windows where
@@ -510,7 +524,7 @@ def run_probe(args, kind, encoder, load, train, test, inputs, process, workers):
     # unspecified: the batch of fine-tuning
     batch, epochs = frozen_schedule(clips) if frozen else (64, FINETUNE[encoder.method]["epochs"])
     args.batch_size, args.epochs = args.batch_size or batch, args.epochs or epochs
-    args.lr = args.lr or (list(FROZEN_LRS) if frozen else FINETUNE[encoder.method]["lr"])
+    args.lr = args.lr or (list(BLOCKS_LRS if kind == "blocks" else FROZEN_LRS) if frozen else FINETUNE[encoder.method]["lr"])
     args.smoothing = 0.0 if frozen else FINETUNE[encoder.method]["smoothing"]
     args.encoder_lr = FINETUNE[encoder.method]["encoder_lr"] if args.encoder_lr is None and not frozen else args.encoder_lr
 
@@ -559,7 +573,7 @@ def main(argv=None):
         raise UserError(f"--data {args.data}: a probe needs labels; put the clips into one sub-folder for each class")
     inputs = choose_views(args, encoder, train)
     print(data.describe(train) + (" (train)\n" + data.describe(test) + " (test)" if train.fold is None else " (tested fold by fold)"))
-    kind = args.head or "linear" if args.probe == "finetune" else args.probe
+    kind = args.head or (ATTENTIVE[encoder.method] if args.probe == "attentive" else "linear")
     result = run_probe(args, kind, encoder, load, train, test, inputs, process, workers)
     row = {"data": args.data, "probe": args.probe, "head": kind, "modality": args.modality, "baseline": args.baseline,
            "absent": encoder.vit.absent, "encoder": args.encoder, "layers": args.layers, **result, "left_out": len(test) - result["N"],

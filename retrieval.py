@@ -51,18 +51,31 @@ def recall_in_class(similarity, labels):
 # Embeddings
 # ---------------------------------------------------------------------------------------------------------------------
 
-def random_views(count, seconds, rng, duration, video=True, audio=True):
+ACROSS = {"audio": "a->v", "video": "v->a"}             # the predictor that a query of a modality goes through
+
+
+def random_views(count, inputs, rng, duration, video=True, audio=True):
     """`count` views at random places of the clip, centre crop (authors' code: 4, averaged)."""
-    starts = rng.uniform(0, max(0.0, duration - seconds), count)
-    return [data.View(float(s), seconds, "center" if video else None, audio) for s in starts]
+    return data.place_views(rng.random(count), inputs, duration, video, audio)
+
+
+def choose_embedding(encoder, name=None):
+    """The `name` that is asked for, or the first of these that the checkpoint has. Raises UserError where it lacks it."""
+    has = {"predicted": set(ACROSS.values()) <= set(encoder.cross or ()), "projected": encoder.projector is not None, "encoder": True}
+    name = name or next(one for one in has if has[one])
+    if not has[name]:
+        lacks = {"predicted": f"predictors {' and '.join(ACROSS.values())}", "projected": "projector"}[name]
+        raise UserError(f"--embedding {name}: this {encoder.method} checkpoint has no {lacks}; leave it out, or give --embedding encoder")
+    return name
 
 
 @torch.no_grad()
-def embed(encoder, listing, views=4, batch=128, workers=1, process=None, seed=0, projected=True):
-    """Each clip once per modality: {"audio": (N, D), "video": (N, D)}, L2-normalised means over the views, and what was read:
-    index (N,), has_video, has_audio (N,) bool. A clip that does not decode is left out."""
+def embed(encoder, listing, views=4, batch=128, workers=1, process=None, seed=0, embedding=None):
+    """Each clip once per modality, as a query and as a candidate: {"audio": ((N, D), (N, D)), "video": the same}, means over the views,
+    and what was read: index (N,), has_video, has_audio (N,) bool. A clip that does not decode is left out."""
+    embedding = choose_embedding(encoder, embedding)
     inputs, process = data.Inputs(**encoder.inputs), process or common.start_process("cpu")
-    plan = functools.partial(random_views, views, inputs.seconds)
+    plan = functools.partial(random_views, views, inputs)
     out, read, troubles = {"audio": [], "video": []}, {"index": [], "has_video": [], "has_audio": []}, data.Troubles(len(listing))
     for b in data.eval_batches(listing, inputs, plan, max(1, batch // views), workers, troubles, "embed for retrieval", seed):
         for key in read:
@@ -71,9 +84,24 @@ def embed(encoder, listing, views=4, batch=128, workers=1, process=None, seed=0,
         for modality in out:
             with process.autocast():
                 z = encoder(**{modality: b[modality]})[1].float()                   # (B views, D)
-            z = encoder.projector(z) if projected and encoder.projector is not None else z
-            out[modality].append(F.normalize(z.unflatten(0, (-1, views)).mean(1), dim=-1).cpu())
-    return {k: torch.cat(v) for k, v in out.items()}, {k: torch.cat(v) for k, v in read.items()}
+            if embedding == "predicted":                                            # as trained: a prediction, and its target
+                # unspecified: the mean over the views comes last, and is not normalised
+                with process.autocast():
+                    target = encoder.teacher(**{modality: b[modality]})[1].float()
+                roles = encoder.cross[ACROSS[modality]](z), F.layer_norm(target, target.shape[-1:])
+                roles = [x.unflatten(0, (-1, views)).mean(1).cpu() for x in roles]  # each (B, D)
+            else:
+                z = encoder.projector(z) if embedding == "projected" else z
+                roles = 2 * [F.normalize(z.unflatten(0, (-1, views)).mean(1), dim=-1).cpu()]
+            out[modality].append(roles)
+    return {k: [torch.cat(x) for x in zip(*v)] for k, v in out.items()}, {k: torch.cat(v) for k, v in read.items()}
+
+
+def similarity(queries, candidates, embedding):
+    """(Q, N) of queries (Q, D) and candidates (N, D): the cosine, or minus the L1 distance, the mean over the dimensions."""
+    if embedding == "predicted":
+        return -torch.cdist(queries, candidates, p=1) / queries.shape[1]
+    return queries @ candidates.T
 
 
 def choose(listing, clips, seed=0):
@@ -108,41 +136,45 @@ def choose(listing, clips, seed=0):
     return listing.subset([place[w] for w in wanted if w in place])
 
 
-def evaluate(encoder, listing, views=4, workers=1, process=None, projected=True, seed=0):
+def evaluate(encoder, listing, views=4, workers=1, process=None, embedding=None, seed=0):
     """Both directions, chance and, with classes, R@1 within the class: a flat dict for the log. Only clips that have both sound
-    and picture are searched; the others are counted."""
-    z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, projected=projected)
+    and picture are searched; the others are counted. embedding: of choose_embedding."""
+    embedding = choose_embedding(encoder, embedding)
+    z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, embedding=embedding)
     both = read["has_video"] & read["has_audio"]
-    a, v, index = z["audio"][both], z["video"][both], read["index"][both]
+    index = read["index"][both]
     if not len(index):
         raise UserError(f"{listing.name}: no clip has both sound and picture")
     result = {"N": len(index), "left_out": len(listing) - len(index), "chance": chance(len(index))}
-    for name, similarity in (("A->V", a @ v.T), ("V->A", v @ a.T)):
-        result[name] = recall(similarity)
+    for name, asks, finds in (("A->V", "audio", "video"), ("V->A", "video", "audio")):
+        found = similarity(z[asks][0][both], z[finds][1][both], embedding)
+        result[name] = recall(found)
         if listing.labels is not None and not listing.multilabel:
-            result[name]["class R@1"], result["chance"]["class R@1"] = recall_in_class(similarity, listing.targets(index.numpy()))
+            result[name]["class R@1"], result["chance"]["class R@1"] = recall_in_class(found, listing.targets(index.numpy()))
     return result
 
 
-def query(encoder, file, folder, top, views, workers, process, projected=True, seed=0):
+def query(encoder, file, folder, top, views, workers, process, embedding=None, seed=0):
     """(the modality that was searched with, [(score, path)], number of clips left out): the clips of a folder whose other
-    modality lies nearest to the file. A file that has sound is asked by its sound."""
-    def one(paths, modality):
+    modality lies nearest to the file. A file that has sound is asked by its sound. Scores are those of `similarity`."""
+    embedding = choose_embedding(encoder, embedding)
+
+    def one(paths, modality, role):
         listing = data.make_listing("query", "", paths, None, [])
-        z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, projected=projected)
+        z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, embedding=embedding)
         keep = read[f"has_{modality}"]
-        return z[modality][keep], [paths[i] for i in read["index"][keep]], len(paths) - int(keep.sum())
+        return z[modality][role][keep], [paths[i] for i in read["index"][keep]], len(paths) - int(keep.sum())
 
     if not Path(file).is_file():
         raise UserError(f"--query {file}: there is no such file")
     candidates = data.list_clips("folder", folder, split="all")
     clip = data.read_clip(file, 0.0, 1.0, 1, 16, 16000)
     asks = "audio" if clip["has_audio"] else "video"
-    z, _, _ = one([str(file)], asks)
-    found, paths, left_out = one([candidates.path(i) for i in range(len(candidates))], "video" if asks == "audio" else "audio")
+    z, _, _ = one([str(file)], asks, 0)
+    found, paths, left_out = one([candidates.path(i) for i in range(len(candidates))], "video" if asks == "audio" else "audio", 1)
     if not paths:
         raise UserError(f"--folder {folder}: no clip in it has {'a picture' if asks == 'audio' else 'sound'} to compare with")
-    scores = (found @ z[0]).tolist()
+    scores = similarity(z, found, embedding)[0].tolist()
     return asks, sorted(zip(scores, paths), reverse=True)[:top], left_out
 
 
@@ -156,7 +188,9 @@ def main(argv=None):
     add("--data-dir", help="folder with the clips and the csv files")
     add("--clips", default="5", help="all, a number of clips for each class, or a file with ids")
     add("--views", type=int, default=4, help="random views of a clip that are averaged")
-    add("--embedding", choices=("projected", "cls"), default="projected", help="projected (the paper's table) or CLS (the authors' job)")
+    add("--embedding", choices=("predicted", "projected", "encoder"), help="predicted: L1 between what one modality predicts of the other "
+        "and what that is (MJEPA); projected: cosine after the projector (the table of AV-JEPA's paper); encoder: cosine of CLS (its "
+        "authors' job) or the mean of the tokens; default: the first of them that the checkpoint has")
     add("--untrained", action="store_true", help="the same encoder as it was initialised, for comparison")
     add("--absent", choices=("zero", "drop"), help="if other than in training")
     add("--query", help="a sound or a video: list its best matches in --folder")
@@ -178,9 +212,9 @@ def main(argv=None):
     encoder = common.load_encoder(args.ckpt, process.device, args.untrained, args.absent)
     if encoder.vit.video is None or encoder.vit.audio is None:
         raise UserError(f"{args.ckpt}: {encoder.method} takes one modality only; retrieval needs both")
-    projected = args.embedding == "projected"
+    embedding = choose_embedding(encoder, args.embedding)
     if args.query:
-        asks, best, left_out = query(encoder, args.query, args.folder, args.top, args.views, workers, process, projected, args.seed)
+        asks, best, left_out = query(encoder, args.query, args.folder, args.top, args.views, workers, process, embedding, args.seed)
         print(f"by the {asks} of {args.query}:")
         for score, path in best:
             print(f"{score:7.3f}  {path}")
@@ -193,12 +227,12 @@ def main(argv=None):
     if listing.labels is None:
         print(f"{args.data_dir} has no sub-folders and so no held-out part: pre-training saw these clips")
     listing = choose(listing, args.clips, args.seed)
-    result = evaluate(encoder, listing, args.views, workers, process, projected, args.seed)
+    result = evaluate(encoder, listing, args.views, workers, process, embedding, args.seed)
     print(f"{args.data}, N = {result['N']:,}, left out {result['left_out']:,}" + (", untrained encoder" if args.untrained else ""))
     for name in ("A->V", "V->A", "chance"):
         print(f"{name:7s}" + "".join(f"  {k} {v:6.1f}" for k, v in result[name].items()))
     common.add_row(args.ckpt, "retrieval.jsonl", {
-        "data": args.data, "clips": args.clips, "embedding": args.embedding, "untrained": args.untrained, "absent": encoder.vit.absent,
+        "data": args.data, "clips": args.clips, "embedding": embedding, "untrained": args.untrained, "absent": encoder.vit.absent,
         "seed": args.seed, "ckpt": str(args.ckpt), "step": encoder.step, "seconds": round(time.time() - began, 1), **result})
 
 

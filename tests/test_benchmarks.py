@@ -350,7 +350,7 @@ def test_windows_cover_a_clip_of_25_seconds_and_are_averaged_to_a_map(ajepa, fsd
     row = quick(ajepa, "fsd50k", fsd50k, "--lr", 1e-2)
     assert row["metric"] == "mAP" and row["views"] == 8 and row["N"] == 5 and row["classes"] == 3      # 8 x 3.84 s are more than 30
     for duration in (0.3, 3.84, 25.0, 30.0):
-        views = data.even_views(row["views"], row["view_seconds"], None, duration, video=False)
+        views = data.even_views(row["views"], data.Inputs(seconds=row["view_seconds"]), None, duration, video=False)
         for moment in np.arange(0, duration, 0.01):
             assert any(v.start <= moment <= v.start + v.seconds for v in views)
 

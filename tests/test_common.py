@@ -1,5 +1,5 @@
 """What common.py and avjepa_lejepa.py claim, each against a reference of its own: a slow loop, a quadrature, torch."""
-import argparse, itertools, json, math, os, signal
+import argparse, itertools, json, math, os, signal, weakref
 from dataclasses import asdict
 
 import common, data
@@ -441,6 +441,51 @@ def test_visible_runs_exactly_those_tokens():
         x = block(x)
     torch.testing.assert_close(vit(*given, visible=visible), vit.norm_out(x), atol=1e-6, rtol=1e-6)
     assert vit(*given, visible=visible).shape == (2, 1 + 7, 32)
+
+
+def test_each_level_goes_through_its_own_norm_and_the_last_one_through_that_of_the_output():
+    common.SIZES["nano"] = (32, 5, 2, 64)                                       # the fixture undoes it
+    vit, given = nano_vit(cls=False, norm_in=False, norm_out=True, levels=[0, 2]), inputs()
+    for i, norm in enumerate((vit.norms["0"], vit.norms["2"], vit.norm_out)):   # or all would be the same
+        torch.nn.init.normal_(norm.weight, i + 1.0), torch.nn.init.normal_(norm.bias)
+    x, after = vit.embed(*given), []
+    for block in vit.transformer.blocks:
+        x = block(x)
+        after.append(x)
+
+    def normed(n, norm):
+        h = after[n]
+        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * norm.weight + norm.bias
+
+    for layers in ([0, 2, 4], [2], [4, 0], [1, 2]):                             # block 1 has no norm of its own
+        expected = torch.cat([normed(n, vit.norms[str(n)] if n in (0, 2) else vit.norm_out) for n in layers], -1)
+        torch.testing.assert_close(vit(*given, layers=layers), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vit(*given), normed(4, vit.norm_out), atol=1e-5, rtol=1e-5)
+
+
+def test_a_transformer_keeps_in_memory_only_the_layers_that_were_asked_for():
+    transformer, outputs, alive = common.Transformer(16, 5, 2, 32), [], []
+    for block in transformer.blocks:
+        block.register_forward_hook(lambda module, given, out: outputs.append(weakref.ref(out)))
+    transformer.blocks[4].register_forward_pre_hook(lambda module, given: alive.extend(n for n, x in enumerate(outputs) if x() is not None))
+    with torch.no_grad():
+        x = random(2, 3, 16)
+        second, first = transformer(x, layers=[1, 0])
+    assert alive == [0, 1, 3]                                                   # 3 is what the last block reads
+    assert torch.equal(first, transformer.blocks[0](x)) and torch.equal(second, transformer.blocks[1](first))
+
+
+def test_an_mlp_without_norm_is_linear_maps_with_gelu_between():
+    mlp, x = common.mlp(6, [8, 8, 5], norm=False), random(3, 6)
+    maps = [m for m in mlp if isinstance(m, nn.Linear)]
+    expected = x
+    for i, m in enumerate(maps):
+        expected = expected @ m.weight.T + m.bias
+        expected = 0.5 * expected * (1 + torch.erf(expected / math.sqrt(2))) if i < 2 else expected
+    assert [(m.in_features, m.out_features) for m in maps] == [(6, 8), (8, 8), (8, 5)] and len(mlp) == 5
+    torch.testing.assert_close(mlp(x), expected)
+    torch.testing.assert_close(mlp(x[:1])[0], mlp(x)[0])                        # a clip does not depend on the others
+    assert sum(isinstance(m, nn.BatchNorm1d) for m in common.mlp(6, [8, 8, 5])) == 2
 
 
 def test_a_hidden_patch_changes_no_bit_of_the_output():
@@ -932,6 +977,46 @@ def test_a_loaded_encoder_of_one_modality_returns_all_its_tokens(tmp_path, confi
     given = (None, audio) if "video" in config else (video, None)
     tokens, embedding = encoder(*given)
     assert torch.equal(tokens, model.encoder(*given)) and torch.equal(embedding, tokens.mean(1))
+
+
+CROSS = ("a->v", "v->a", "av->v")
+
+
+def write_cross(folder, cross=CROSS):
+    """A checkpoint as a method with two encoders and predictors from one input to another writes it. Returns its weights."""
+    config, model = nano_config(cls=False, norm_out=True, levels=[0]), {}
+    for i, prefix in enumerate(("context_encoder", "target_encoder")):
+        model.update({f"{prefix}.{k}": v for k, v in nano_vit(10 + i, cls=False, norm_out=True, levels=[0]).state_dict().items()})
+    for name in CROSS:
+        model.update({f"cross.{name}.{k}": v for k, v in common.mlp(32, [32, 32, 32], norm=False).state_dict().items()})
+    common.save_checkpoint(folder / "latest.pt", method="mjepa", step=3, args=dict(seed=5), inputs=asdict(data.Inputs()), encoder=config,
+                           projector=None, cross=list(cross), weights="target_encoder", model=model)
+    return model
+
+
+def test_load_encoder_gives_the_predictors_from_one_input_to_another(tmp_path):
+    model, x = write_cross(tmp_path), random(1, 32)
+    encoder = common.load_encoder(tmp_path)
+    assert set(encoder.cross) == set(CROSS) and encoder.projector is None and not any(p.requires_grad for p in encoder.parameters())
+    for name in CROSS:
+        y = x
+        for i in (0, 2, 4):
+            y = F.linear(F.gelu(y) if i else y, model[f"cross.{name}.{i}.weight"], model[f"cross.{name}.{i}.bias"])
+        torch.testing.assert_close(encoder.cross[name](x), y)
+    for which in ("context", "target"):
+        vit = common.load_encoder(tmp_path, weights=which).vit.state_dict()
+        assert same(vit, {k: model[f"{which}_encoder.{k}"] for k in vit})
+    assert len(common.load_encoder(tmp_path, layers=[0, 1]).cross) == 0             # they read the last layer alone
+
+
+def test_an_untrained_encoder_has_untrained_predictors_and_a_list_that_does_not_fit_the_weights_is_refused(tmp_path):
+    model = write_cross(tmp_path)
+    encoder = common.load_encoder(tmp_path, untrained=True)
+    assert same(encoder.vit.state_dict(), nano_vit(5, cls=False, norm_out=True, levels=[0]).state_dict())
+    assert set(encoder.cross) == set(CROSS) and encoder.cross["a->v"](random(2, 32)).shape == (2, 32)
+    assert not torch.equal(encoder.cross["a->v"][0].weight, model["cross.a->v.0.weight"])
+    write_cross(tmp_path, (*CROSS, "a->av"))
+    fails(common.load_encoder, tmp_path, match="other names")
 
 
 def test_load_encoder_can_change_what_an_absent_modality_means(tmp_path):

@@ -2,7 +2,7 @@
 import contextlib, csv, functools, pickle, signal, struct, subprocess, sys, time, tracemalloc
 from pathlib import Path
 
-import avjepa_lejepa, common, data
+import avjepa_lejepa, common, data, probe, retrieval
 from common import UserError
 from data import ClipError, Inputs, View
 
@@ -15,7 +15,7 @@ from conftest import MOMENTS, RATES, ROOT, numbered, read_flash, read_number, to
 
 SMALL = Inputs(seconds=1.0, frames=4, size=32, resize=36, n_mels=16, mel_mean=-30.0, mel_std=20.0)
 VIEWS = functools.partial(avjepa_lejepa.plan_views, seconds=SMALL.seconds, local="modality")
-ONE_VIEW = functools.partial(data.even_views, 1, SMALL.seconds)
+ONE_VIEW = functools.partial(data.even_views, 1, SMALL)
 TREE = ("-0RWZT-miFs", "YxYxYxYxYxY", "a_b_c_d_e_f", "__________Z", "YYYYYYYYYY_")     # YouTube ids that invite mistakes
 
 
@@ -503,10 +503,76 @@ def test_picture_and_sound_of_a_view_cover_the_same_seconds(clocks):
 
 def test_test_views_are_spread_evenly_over_the_clip():
     rng = np.random.default_rng(0)
-    assert [v.start for v in data.even_views(3, 2.0, rng, 10.0)] == [0.0, 4.0, 8.0]
-    assert [v.start for v in data.even_views(1, 2.0, rng, 10.0)] == [4.0]
-    assert [v.start for v in data.even_views(2, 20.0, rng, 10.0)] == [0.0, 0.0]
-    assert data.even_views(1, 2.0, rng, 10.0, video=False)[0] == View(4.0, 2.0, None, True)
+    assert [v.start for v in data.even_views(3, Inputs(seconds=2.0), rng, 10.0)] == [0.0, 4.0, 8.0]
+    assert [v.start for v in data.even_views(1, Inputs(seconds=2.0), rng, 10.0)] == [4.0]
+    assert [v.start for v in data.even_views(2, Inputs(seconds=20.0), rng, 10.0)] == [0.0, 0.0]
+    assert data.even_views(1, Inputs(seconds=2.0), rng, 10.0, video=False)[0] == View(4.0, 2.0, None, True)
+
+
+PART = Inputs(seconds=5.0, video_seconds=1.46, frames=6, size=48, resize=48, n_mels=16)
+
+
+def shown_and_heard(video, mel, inputs):
+    """The numbers on the pictures (3, T, H, W) 0..255, and the seconds of the clicks in a mel (1, F, T)."""
+    curve = mel[0].mean(0)
+    loud = np.flatnonzero(curve > (curve.max() + curve.median()) / 2) * inputs.hop / inputs.sample_rate
+    return ([read_number(picture) for picture in video.permute(1, 2, 3, 0).float().numpy()],
+            [cluster.mean() for cluster in np.split(loud, np.flatnonzero(np.diff(loud) > 0.2) + 1)])
+
+
+def agrees(got, pictures, sound):
+    """Does a view show the frames of the window `pictures` and sound as the window `sound`, each (start, seconds)?"""
+    clicks = [moment - sound[0] for moment in MOMENTS if sound[0] < moment < sum(sound)]
+    return got[0] == on_screen(RATES["25"], *pictures, PART.frames) and got[1] == pytest.approx(clicks, abs=0.04)
+
+
+@pytest.mark.parametrize("plan, places", [(functools.partial(data.even_views, 1, PART), [1 / 2]),
+                                          (functools.partial(data.even_views, 3, PART), [0, 1 / 2, 1]),
+                                          (functools.partial(retrieval.random_views, 3, PART), None)])
+def test_pictures_may_cover_a_part_of_the_sound(clocks, plan, places):
+    """Both at the same place of the room that each of them has, in the clip as it is decoded."""
+    listing, seen = data.make_listing("clock", clocks["25"].parent, [clocks["25"].name], None, []), []
+
+    def spy(rng, duration):
+        seen.append(duration)
+        return plan(rng, duration)
+
+    item = data.Clips(listing, PART, spy, seed=3)[0, 0]
+    places = np.random.default_rng((3, 0, 0)).uniform(0, 1, 3) if places is None else places
+    assert len(item["video"]) == len(item["audio"]) == len(places) and seen[0] == pytest.approx(8, abs=0.05)
+    for place, video, mel in zip(places, item["video"], item["audio"]):
+        assert agrees(shown_and_heard(video, mel, PART), (place * (seen[0] - 1.46), 1.46), (place * (seen[0] - 5), 5.0))
+
+
+@pytest.mark.parametrize("start", [None, 0.5])
+def test_a_clip_for_an_encoder_has_its_pictures_from_the_middle_of_its_sound(clocks, start):
+    clip, sound = data.load_clip(clocks["25"], PART, start), (1.5 if start is None else start, 5.0)
+    video = (clip["video"][0] * torch.tensor(data.IMAGENET_STD).view(3, 1, 1, 1) + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1, 1)) * 255
+    assert agrees(shown_and_heard(video, clip["audio"][0], PART), (sound[0] + (5 - 1.46) / 2, 1.46), sound)
+
+
+@pytest.mark.parametrize("duration", [1.0, 1.46, 3.0, 5.0, 8.0, 600.0])
+def test_pictures_lie_inside_the_sound_and_the_clip_as_far_as_it_lasts(duration):
+    rng = np.random.default_rng(0)
+    views = [view for count in (1, 7) for view in data.even_views(count, PART, rng, duration)]
+    views += retrieval.random_views(50, PART, rng, duration)
+    views += [view for _ in range(50) for view in probe.train_views(rng, duration, PART, "av")]
+    for view in views:
+        start, seconds = view.pictures
+        assert seconds == 1.46 and view.seconds == 5.0
+        assert view.start - 1e-9 <= start and start + min(seconds, duration) <= min(view.start + 5.0, duration) + 1e-9
+    spread = np.ptp([view.pictures[0] for view in views])
+    assert spread > 0.9 * (duration - 1.46) if duration > 1.46 else spread == 0                # no place is left out
+
+
+def test_without_a_part_of_their_own_pictures_and_sound_are_one_window_drawn_as_ever():
+    inputs, rng, again = Inputs(seconds=2.7), np.random.default_rng(4), np.random.default_rng(4)
+    views = retrieval.random_views(5, inputs, rng, 10.0)
+    assert [view.start for view in views] == again.uniform(0, 10.0 - 2.7, 5).tolist()
+    assert probe.train_views(rng, 10.0, inputs, "av") == [View(again.uniform(0, 10.0 - 2.7), 2.7, "random", True)]
+    assert probe.train_views(rng, 1.0, inputs, "audio") == [View(again.uniform(0, 0.0), 2.7, None, True)]
+    assert probe.train_views(rng, 9.0, inputs, "video") == [View(again.uniform(0, 9.0 - 2.7), 2.7, "random", False)]
+    assert all(view[:2] == (view.start, 2.7) and view.pictures is None for view in views + data.even_views(3, inputs, rng, 10.0))
 
 
 def test_an_unreadable_clip_is_named_and_replaced_by_another(broken):
@@ -1000,7 +1066,7 @@ import common, data
 def main():
     listing = data.make_listing("some", sys.argv[1], ["good.mp4"] * 40, None, [])
     inputs = data.Inputs(seconds=1.0, frames=2, size=16, resize=16, n_mels=16)
-    clips = data.Clips(listing, inputs, functools.partial(data.even_views, 1, 1.0))
+    clips = data.Clips(listing, inputs, functools.partial(data.even_views, 1, inputs))
     for batch in data.train_loader(clips, data.Batches(40, 2, 0, 0, 20), 1):
         raise RuntimeError("out of memory")
 common.main_guard(main)

@@ -18,7 +18,7 @@ BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n
 LINES = [line.split(" #")[0].split("&&")[-1].strip().removeprefix(".venv/bin/") for line in BLOCKS.splitlines()]
 COMMANDS = list(dict.fromkeys(line for line in LINES if re.match(r"(python|torchrun) ", line)))
 TRAIN = "--steps 2 --batch-size 4 --recipe toy --workers 1 --log-every 1"
-SHRINK = {"avjepa_lejepa.py": TRAIN, "ajepa.py": TRAIN, "probe.py": "--views 1 --workers 1", "retrieval.py": "--views 1 --workers 1",
+SHRINK = {"avjepa_lejepa.py": TRAIN, "ajepa.py": TRAIN, "mjepa.py": TRAIN, "probe.py": "--views 1 --workers 1", "retrieval.py": "--views 1 --workers 1",
           "data.py": "--workers 1", "reproduce.py": "--dry-run"}
 
 
@@ -81,14 +81,15 @@ def write_sounds(place):
 def train(place, folder):
     """A run of the method that the folder's name begins with, if there is none yet."""
     if not (place / folder / "latest.pt").exists():
-        script = "ajepa.py" if Path(folder).name.startswith("ajepa") else "avjepa_lejepa.py"
+        script = next(s for s in ("ajepa.py", "mjepa.py", "avjepa_lejepa.py") if Path(folder).name.startswith(s.split(".")[0]))
         subprocess.run([sys.executable, str(ROOT / script), "--data", "folder", "--data-dir", "clips", "--out", str(folder),
                         *TRAIN.split()], cwd=place, check=True, capture_output=True)
 
 
 def test_the_readme_has_the_commands_that_a_newcomer_needs():
     for start in ("python avjepa_lejepa.py", "torchrun --nproc_per_node=8 avjepa_lejepa.py --data audioset", "torchrun --nnodes",
-                  "python ajepa.py", "torchrun --nproc_per_node=8 ajepa.py --data audioset", "python reproduce.py",
+                  "python ajepa.py", "torchrun --nproc_per_node=8 ajepa.py --data audioset", "python reproduce.py masking",
+                  "python mjepa.py", "torchrun --nproc_per_node=8 mjepa.py --data audioset", "python reproduce.py cross-modal",
                   "python probe.py", "python retrieval.py", "python data.py", "python -m pytest"):
         assert any(command.startswith(start) for command in COMMANDS), start
 

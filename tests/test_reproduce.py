@@ -5,6 +5,9 @@ import ajepa, common, reproduce
 from common import UserError
 from conftest import ROOT
 
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -15,7 +18,8 @@ out = pathlib.Path(flags["--out"])
 with open(out.parent / "order.txt", "a") as f: f.write(out.name + "\\n")
 if flags["--way"] == flags.get("--broken"): sys.exit("this way is broken")
 time.sleep(float(flags.get("--sleep", 0)))
-(out / "results.json").write_text(json.dumps({"trained": {"audio": float(flags["--way"]) + float(flags["--seed"]) ** 2}}))
+video = {"video": float(flags["--video"])} if "--video" in flags else {}
+(out / "results.json").write_text(json.dumps({"trained": {"audio": float(flags["--way"]) + float(flags["--seed"]) ** 2, **video}}))
 '''
 
 
@@ -45,6 +49,20 @@ def test_each_row_runs_once_for_each_seed_and_the_table_is_their_mean_and_spread
     text = (experiment / "table.md").read_text()
     assert "| ten | 13.3 ± 4.9 (10.0, 11.0, 19.0) | 0, 1, 3 |" in text and text in capsys.readouterr().out
     assert (experiment / "table.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_row_that_lacks_a_column_has_a_dash_in_the_table_and_no_bar_in_the_picture(experiment, monkeypatch):
+    now = reproduce.EXPERIMENTS["masking"]
+    now["columns"] = {"video": ("trained", "video"), "raw": ("raw input", "A->V", "R@1"), "audio": ("trained", "audio")}
+    now["rows"]["twenty and more"] += " --video 3"
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    reproduce.main(["masking", "--out", str(experiment), "--seeds", "0", "1"])
+    text, ax = (experiment / "table.md").read_text(), plt.gcf().axes[0]
+    assert "| ten | – | – | 10.5 ± 0.7 (10.0, 11.0) | 0, 1 |" in text
+    assert "| twenty and more | 3.0 ± 0.0 (3.0, 3.0) | – | 20.5 ± 0.7 (20.0, 21.0) | 0, 1 |" in text
+    assert sorted(bar.get_height() for bar in ax.patches) == [3, 10.5, 20.5]
+    assert [label.get_text() for label in ax.get_legend().get_texts()] == ["video", "audio"]
+    assert list(json.loads((experiment / "table.json").read_text())["rows"]["ten"]) == ["audio"]
 
 
 def test_what_is_finished_is_skipped_and_more_seeds_run_only_what_is_missing(experiment, capsys):

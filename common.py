@@ -593,6 +593,7 @@ class FrozenEncoder(nn.Module):
 
 def stretch_positions(weights, module):
     """A state dict whose learned positions of video time are interpolated to the number of frames that `module` takes."""
+    # unspecified (MJEPA, cooldown): how; the longer span is stretched over the positions of the shorter one
     weights = dict(weights)
     for name, now in module.state_dict().items():
         if name.endswith("video.positions.first") or name.endswith("positions.video.first"):
@@ -610,10 +611,10 @@ def load_optimizer(optimizer, state, path):
         raise UserError(f"{path}: its optimiser state is of another version of the code; give another --out, or --fresh") from None
 
 
-def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, weights=None):
+def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, weights=None, cross=False):
     """The encoder of a checkpoint of any method, frozen. untrained: the same architecture as it was initialised, with the run's
     seed, as a baseline. absent: 'zero' or 'drop', if other than it was trained with. layers: of FrozenEncoder. weights: 'context' or
-    'target', if other than the one that the method evaluates."""
+    'target', if other than the one that the method evaluates. cross: with .cross and .teacher, where the method has them."""
     content = load_checkpoint(path)
     weights = f"{weights}_encoder" if weights else content["weights"]
     if not any(k.startswith(weights + ".") for k in content["model"]):
@@ -622,15 +623,15 @@ def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, 
         seed_step(content["args"]["seed"], 0)
         vit = ViT(**content["encoder"])
         projector = mlp(vit.dim, content["projector"]) if content.get("projector") and not layers else None
-        names = content.get("cross") if not layers else None
+        names = content.get("cross") if cross and not layers else None
         cross = nn.ModuleDict({name: mlp(vit.dim, 3 * [vit.dim], norm=False) for name in names}) if names else None
+    vit.absent = absent or vit.absent
     teacher = copy.deepcopy(vit) if cross else None
     for layer in layers or ():
         check_range("--layers", layer, 0, len(vit.transformer.blocks) - 1)
     for module, name in ((vit, weights), (projector, "projector"), (cross, "cross"), (teacher, "target_encoder")):
         if module is not None and not untrained:
             load_weights(module, {k[len(name) + 1:]: v for k, v in content["model"].items() if k.startswith(name + ".")}, path)
-    vit.absent = absent or vit.absent
     return FrozenEncoder(vit, projector, content, layers, cross, teacher and FrozenEncoder(teacher, None, content)).to(device)
 
 
@@ -768,7 +769,7 @@ def common_flags(parser, method):
     add("--batch-size", type=int, help="clips a step, over all processes (default: the recipe's)")
     add("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")
     add("--lr", type=float, help="peak learning rate (default: the recipe's)")
-    add("--seconds", type=float, help="length of a view (default: the recipe's)")
+    add("--seconds", type=float, help="length of a view; where the pictures are shorter, of its sound (default: the recipe's)")
     add("--workers", type=int, help="processes that decode, for each training process (default: by the number of cores)")
     add("--device", default="auto", help="auto, cpu, mps or cuda")
     add("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
 """Clips in, tensors out: every data set goes through the same decoder and the same front end.
 
 A clip is opened and decoded once, whatever the number of views; audio and video of a view cover the same seconds, by
-timestamps. From top to bottom: read a clip, turn it into tensors, list a data set, draw batches, make the toy world.
+timestamps, unless the method takes pictures of a part of them only. From top to bottom: read a clip, turn it into tensors, list a data set, draw batches, make the toy world.
 
     python data.py --data toy --check                                 # writes the toy clips if they are not there
     python data.py --data vggsound --data-dir vggsound/ --check       # what is there, missing, unreadable
@@ -187,7 +187,7 @@ class Inputs:
     win_length: int = 400
     hop: int = 160
     window: str = "hamming"         # or "hann"
-    n_mels: int = 128
+    n_mels: int = 128               # 0: the encoder takes no sound
     log: str = "db"                 # decibel, floor at -100; or "ln": log(mel + 1e-6)
     mel_mean: float | tuple = -17.977       # one for all bins (dB, AudioSet, authors' code), or one for each; python data.py --stats
     mel_std: float | tuple = 24.468
@@ -272,7 +272,7 @@ class Clips(Dataset):
     """
     def __init__(self, listing, inputs, plan, seed=0, replace=True):
         self.listing, self.inputs, self.plan, self.seed, self.replace = listing, inputs, plan, seed, replace
-        self.mel = LogMel(inputs)
+        self.mel = LogMel(inputs) if inputs.n_mels else None
         self.crops = {crop: crop_transform(inputs, crop) for crop in ("center", "flip", "random")}
 
     def __len__(self):
@@ -337,13 +337,13 @@ def load_clip(path, inputs, start=None):
         begin = max(0.0, duration - inputs.seconds) / 2 if start is None else start
         seconds = inputs.video_seconds or inputs.seconds                        # the pictures: the middle of the sound
         return ([(begin + max(0.0, min(inputs.seconds, duration - begin) - seconds) / 2, seconds)] if inputs.frames else [],
-                [(begin, inputs.seconds)])
+                [(begin, inputs.seconds)] if inputs.n_mels else [])
 
     clip, out = read_windows(path, middle, inputs.frames, inputs.resize, inputs.sample_rate), {}
     if clip["has_video"] and inputs.frames:
         frames = torch.from_numpy(clip["video"][0]).permute(0, 3, 1, 2)                         # (T, 3, H, W)
         out["video"] = normalize_video(crop_transform(inputs, "center")(frames).transpose(0, 1)[None])
-    if clip["has_audio"]:
+    if clip["has_audio"] and inputs.n_mels:
         out["audio"] = LogMel(inputs)(torch.from_numpy(clip["audio"][0]))[None]
     return out
 

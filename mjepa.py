@@ -8,11 +8,12 @@ What differs from the paper or where it is silent stands at its line: `# differs
 
     python mjepa.py                                                                  # toy clips, a laptop, minutes
     python mjepa.py --data folder --data-dir clips/ --recipe toy                     # your own clips, the small model
-    python mjepa.py --data audioset-20k --data-dir audioset/ --accumulate 32         # the paper's recipe, one GPU
-    torchrun --nproc_per_node=8 mjepa.py --data audioset --data-dir audioset/
-    torchrun --nproc_per_node=8 mjepa.py --data audioset --data-dir audioset/ --cooldown --init runs/mjepa-audioset-seed0 --out runs/cool
+    python mjepa.py --data audioset-20k --data-dir audioset/ --accumulate 16 --checkpoint-activations        # the paper's recipe, one GPU
+    torchrun --nproc_per_node=8 mjepa.py --data audioset --data-dir audioset/ --checkpoint-activations
+    torchrun --nproc_per_node=8 mjepa.py --data audioset --data-dir audioset/ --cooldown --init runs/mjepa-audioset-seed0 \\
+        --accumulate 8 --checkpoint-activations
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        mjepa.py --data audioset --data-dir audioset/ --size giant --checkpoint-activations      # the same line on each node
+        mjepa.py --data audioset --data-dir audioset/ --size giant --checkpoint-activations                  # the same line on each node
 """
 import argparse, contextlib, copy, functools, math, time
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,7 @@ RECIPE = {
     "levels":        (4,                     2,                 "kin: of 24 layers 5, 11, 17, 23"),
     "pred_depth":    (12,                    2,                 "kin"),
     "pred_dim":      (384,                   64,                "kin: 12 heads of 32 dimensions"),
-    "tau":           (0.99925,               0.9995,            "kin: EMA momentum, constant"),
+    "tau":           (0.99925,               0.9995,            "kin: EMA momentum, constant (toy: 3/4 of it is still the start)"),
     "batch_size":    (512,                   32,                "issues"),
     "epochs":        (None,                  None,              "by the steps"),
     "steps":         (150_000,               600,               "issues: 500 epochs of 300 steps"),
@@ -84,19 +85,23 @@ def get_args(argv=None):
     add("--terms", choices=tuple(TERMS), default="all", help="rows of the paper's ablation: an encoder for one modality alone, the three "
         "terms within, those and audio<->video, or all nine")
     add("--aligned", action="store_true", help="sound of the pictures' span alone (default: sound of the full clip, pictures of a part)")
-    add("--cooldown", action="store_true", help="the last phase: four times the frames, a falling learning rate; needs --init")
+    add("--cooldown", action="store_true", help="the last phase: four times the frames, a learning rate that falls from --lr; needs --init")
     add("--init", metavar="FILE", help="checkpoint of this method, or its folder, whose weights a new run starts from")
     args = parser.parse_args(argv)
     if args.cooldown and not args.init:
         raise UserError("--cooldown needs --init, the checkpoint that it starts from")
-    table = {**RECIPE, **COOLDOWN} if args.cooldown else RECIPE
+    if args.cooldown and not args.out:                  # not the folder of the run that it goes on from
+        args.out = f"runs/{METHOD}-cooldown-{args.data}-seed{args.seed}"
+    table = {**RECIPE, **(COOLDOWN if args.cooldown else {}), **({"video_seconds": RECIPE["video_seconds"]} if args.aligned else {})}
     recipe = common.read_recipe(args, METHOD, table, ("seconds",))
     recipe["video_seconds"] = min(recipe["video_seconds"], recipe["seconds"])
     if args.aligned:
         recipe["seconds"] = recipe["video_seconds"]
     if (recipe["seconds"], recipe["columns"]) not in zip(RECIPE["seconds"][:2], RECIPE["columns"][:2]):     # of another length
         recipe["columns"] = None                        # as many as it gives, filled up to whole patches
-    recipe.update(terms=args.terms, aligned=args.aligned, cooldown=args.cooldown, init=args.init)
+    recipe.update(terms=args.terms, aligned=args.aligned, cooldown=args.cooldown)
+    if args.init and Path(args.out).resolve() in (Path(args.init).resolve(), Path(args.init).resolve().parent):
+        raise UserError(f"--init {args.init} lies in --out {args.out}, where it would be written over; give another --out")
     if args.data in data.SOUNDS and args.terms != "separate-audio":
         raise UserError(f"--data {args.data} has no pictures; give --terms separate-audio, or use ajepa.py")
     return args, recipe
@@ -180,6 +185,7 @@ def draw_masks(seed, step, rank, batch, grids, recipe, kinds=INTRA):
 def make_inputs(recipe, listing=None, workers=0):
     """What data.py prepares, by the recipe; the mel's mean and std for each bin over clips of the listing, if there is one."""
     same = {name: recipe[name] for name in ("seconds", "video_seconds", "frames", "crop_scale", "n_fft", "hop", "n_mels")}
+    same.update({"separate-audio": {"frames": 0}, "separate-video": {"n_mels": 0}}.get(recipe["terms"], {}))
     inputs = data.Inputs(size=recipe["image"], resize=recipe["image"], sample_rate=16000, win_length=400, window="hann", log="ln",
                          mel_mean=0.0, mel_std=1.0, **same)
     inputs = replace(inputs, columns=recipe["columns"] or math.ceil(inputs.mel_frames / recipe["mel_patch"][1]) * recipe["mel_patch"][1])
@@ -206,14 +212,14 @@ def encoder_config(recipe, inputs, checkpoint=False):
 class Predictor(nn.Module):
     """A narrow transformer over the context's tokens and a mask token for each hidden one, shared by the three inputs; heads of 32
     dimensions. It reads and predicts all levels (kin)."""
-    def __init__(self, dim, levels, grids, width, depth, positions):
+    def __init__(self, dim, levels, grids, width, depth, positions, checkpoint=False):
         super().__init__()
         # unspecified: one mask token for all, and an embedding of the modality on every token
         self.embed, self.mask_token = nn.Linear(levels * dim, width), nn.Parameter(torch.randn(width) * 0.02)
         self.positions = nn.ModuleDict({modality: common.Positions(grid, width, positions) for modality, grid in grids.items()})
         self.modality = nn.ParameterDict({modality: torch.randn(width) * 0.02 for modality in grids})
-        self.transformer, self.norm = common.Transformer(width, depth, width // 32, 4 * width), nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, levels * dim)
+        self.transformer = common.Transformer(width, depth, width // 32, 4 * width, checkpoint=checkpoint)
+        self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, levels * dim)
         self.apply(common.init_weights)
 
     def forward(self, h, context, target, modalities):
@@ -236,7 +242,8 @@ class MJEPA(nn.Module):
         dim, levels = self.context_encoder.dim, len(config["levels"]) + 1
         self.layers = [*config["levels"], len(self.context_encoder.transformer.blocks) - 1]
         self.grids = {m: getattr(self.context_encoder, m).grid for m in ("video", "audio") if getattr(self.context_encoder, m)}
-        self.predictor = Predictor(dim, levels, self.grids, pred_dim, pred_depth, config["positions"])
+        self.predictor = Predictor(dim, levels, self.grids, pred_dim, pred_depth, config["positions"],
+                                   self.context_encoder.transformer.checkpoint)
         # unspecified: their width (the encoder's) and activation (GELU)
         self.cross = nn.ModuleDict({term: common.mlp(dim, 3 * [dim], norm=False) for term in terms if term in CROSS})
         for kind in self.kinds:                         # of rank 0's targets: what one knows without any context
@@ -323,20 +330,25 @@ def learning_rate(step, recipe):
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-def alarms(rows):
+def alarms(rows, warmup=0):
     """What has gone wrong by the last of the log's rows: {what: message}. The authors' release is said to degrade late in training, with
-    rising terms within and falling terms across (papers.md, section 3)."""
+    rising terms within and falling terms across (their issue tracker). A row whose clips lack what a term needs says nothing of it."""
     found = {}
     for name in (key for key in rows[-1] if f"{key}/know_nothing" in rows[-1]):
-        loss, nothing = ([row[key] for row in rows if key in row] for key in (name, f"{name}/know_nothing"))
+        pairs = [(row[name], row[f"{name}/know_nothing"]) for row in rows if row.get(f"{name}/know_nothing")]
+        if not pairs and len(rows) >= 5:
+            found[name] = f"no clip so far has what {name} needs, it learns nothing; another --terms fits these clips"
+        if not pairs or not rows[-1][f"{name}/know_nothing"]:
+            continue
+        loss, nothing = zip(*pairs)
         if name in INTRA and len(loss) >= 13:           # by more than what richer targets explain
-            for_what_it_could = [a / max(b, 1e-9) for a, b in zip(loss, nothing)]
-            if all(np.mean(x[-3:]) > 1.2 * min(np.convolve(x[:-3], np.full(10, 0.1), "valid")) for x in (loss, for_what_it_could)):
+            share = [a / b for a, b in pairs]
+            if all(np.mean(x[-3:]) > 1.2 * min(np.convolve(x[:-3], np.full(10, 0.1), "valid")) for x in (loss, share)):
                 found[name] = f"{name} rises: {np.mean(loss[-3:]):.3g}, after {min(loss):.3g}"
-        if name in CROSS and loss[-1] < 0.05 * max(nothing):
+        if min(loss[-1] if name in CROSS else nothing[-1], nothing[-1]) < 0.05 * max(nothing):
             found[name] = f"{name} is at its floor ({loss[-1]:.3g}): its target says next to nothing any more"
     for name in (key for key in rows[-1] if key.startswith("rank_")):
-        rank = [row[name] for row in rows if name in row]
+        rank = [row[name] for row in rows if name in row and row["step"] >= warmup]         # it falls in the warm-up of a healthy run
         if len(rank) >= 10 and np.mean(rank[-5:]) < 0.5 * max(np.convolve(rank[:-5], np.full(5, 0.2), "valid")):
             found[name] = f"the effective rank of {name[5:]} falls: {np.mean(rank[-5:]):.1f}, after {max(rank):.1f}"
     return found
@@ -348,7 +360,6 @@ def main(argv=None):
     kinds = inputs_of(terms)
     if process.device.type == "cpu" and recipe["size"] == "toy":        # small operations: 335 ms a step instead of 405, and the other
         torch.set_num_threads(1)                                        # core decodes
-    start_from = common.load_checkpoint(args.init, METHOD) if args.init else None
     inputs = make_inputs(recipe)
     config = encoder_config(recipe, inputs, args.checkpoint_activations)
     common.seed_step(args.seed, 0)
@@ -361,20 +372,23 @@ def main(argv=None):
     listing = data.list_clips(args.data, args.data_dir)
     recipe["steps"] = steps = recipe["steps"] or max(1, round(recipe["epochs"] * (len(listing) // recipe["batch_size"])))
     found, start = common.open_run(args, METHOD, recipe, process), 0
+    begun = common.load_checkpoint(args.init, METHOD) if args.init and not found else None
     if found:
         common.load_weights(model, found["model"], args.out)
         common.load_optimizer(optimizer, found["optimizer"], args.out)
-        start = found["step"]
-    elif start_from:
-        common.load_weights(model, common.stretch_positions(start_from["model"], model), args.init)
+        start, inputs = found["step"], data.Inputs(**found["inputs"])
+    elif begun:
+        common.load_weights(model, common.stretch_positions(begun["model"], model), args.init)
+        inputs = replace(inputs, **{name: begun["inputs"][name] for name in ("mel_mean", "mel_std")})       # which the weights know
+        if args.cooldown:                               # kin: with the optimiser's state, but for positions of another length
+            common.load_optimizer(optimizer, begun["optimizer"], args.init)
+            for p in [p for p, state in optimizer.state.items() if state["exp_avg"].shape != p.shape]:
+                del optimizer.state[p]
     order = data.Batches(len(listing), recipe["batch_size"], args.seed, start, steps, process.rank, process.world, args.accumulate)
     workers = common.default_workers(process) if args.workers is None else args.workers
-    if found:
-        inputs = data.Inputs(**found["inputs"])
-    elif start_from:                                    # the weights know this mean and std
-        inputs = replace(inputs, **{name: start_from["inputs"][name] for name in ("mel_mean", "mel_std")})
-    else:
+    if not (found or begun):
         inputs = process.from_main(lambda: make_inputs(recipe, listing, workers))
+    found = begun = None                                # gigabytes, on each rank
     modalities = [m for m in ("video", "audio") if m in model.grids]
     clips = data.Clips(listing, inputs, functools.partial(plan_views, seconds=recipe["seconds"], video_seconds=recipe["video_seconds"],
                                                           modalities=modalities), args.seed)
@@ -401,7 +415,8 @@ def main(argv=None):
     panel = ("loss", *((term, f"{term}/know_nothing") for term in terms), *(f"rank_{kind}" for kind in kinds),
              *(f"std_{kind}" for kind in kinds), "grad_norm", "lr", "ms_data", "ms_step")
     rows, began, data_s, logged = common.read_log(args.out) if process.main else [], time.time(), 0.0, start
-    warned, mine = set(alarms(rows)) if rows else set(), recipe["batch_size"] // process.world
+    warmup, mine = 0 if recipe["cooldown"] else recipe["warmup"], recipe["batch_size"] // process.world
+    named = dict.fromkeys(alarms(rows, warmup), start) if rows else {}              # what is wrong, and when it last was
     draw = functools.partial(draw_masks, args.seed, rank=process.rank, batch=mine, grids=model.grids, recipe=recipe, kinds=kinds)
     pool = ThreadPoolExecutor(1)                        # draws the masks of the next step (2 ms a clip) while this one computes
     ahead = pool.submit(draw, start)
@@ -410,9 +425,9 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         clock, parts = time.time(), []
-        masks, ahead = ahead.result(), pool.submit(draw, step + 1)
+        masks, ahead = ahead.result(), pool.submit(draw, step + 1) if step + 1 < steps else None
         masks = {kind: [[x.to(process.device).chunk(args.accumulate) for x in pair] for pair in masks[kind]] for kind in kinds}
-        some = [next(batches) for _ in range(args.accumulate)]
+        some = [next(batches) for _ in range(args.accumulate)]                      # all at once: weigh counts over the whole step
         for batch in some:
             troubles.add(batch)
         weights = weigh(some, kinds, process)
@@ -443,11 +458,12 @@ def main(argv=None):
             row.update({"grad_norm": grad_norm.item(), "lr": lr, "ms_data": 1e3 * data_s / count, "ms_step": 1e3 * seconds / count,
                         **troubles.row()})
             log.write(row, ("step", *panel))
-            rows = [*rows[-1000:], row]
-            wrong = alarms(rows)
-            for name in wrong.keys() - warned if process.main else ():
-                tqdm.write(f"WARNING at step {step}: {wrong[name]}; see the README, Is it healthy?")
-            began, data_s, logged, warned = time.time(), 0.0, step + 1, set(wrong)
+            rows.append(row)
+            for name, message in alarms(rows, warmup).items() if process.main else ():
+                if name not in named or step - named[name] > 20 * args.log_every:           # once, and again if it comes back
+                    tqdm.write(f"WARNING at step {step}: {message}; see the README, Is it healthy?")
+                named[name] = step
+            began, data_s, logged = time.time(), 0.0, step + 1
         stopping = process.any(stop)
         if (step + 1) % args.save_every == 0 or step + 1 == steps or stopping:
             save(step + 1)

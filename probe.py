@@ -239,10 +239,11 @@ def probe_cached(kind, x, y, x_test, y_test, classes, lrs, epochs, batch, seed, 
     return {"metric": name, "value": value, "classes": counted, "lr": lrs[best], "held_out": scores[best], "N": len(y_test)}
 
 
-def frozen_schedule(clips):
-    """(batch, epochs) of a frozen probe: 512 and 15 (authors' code), but at least 2,000 steps of an eighth of the set: on a small
-    set a head would else end half trained, and that of an untrained encoder, with its badly conditioned features, most of all."""
-    batch = min(512, max(2, clips // 8))
+def frozen_schedule(clips, most=512):
+    """(batch, epochs) of a frozen probe: 512 (or `most`, for a head that would not fit) and 15 (authors' code of AV-JEPA), but at least
+    2,000 steps of an eighth of the set: on a small set a head would else end half trained, and that of an untrained encoder, with its
+    badly conditioned features, most of all."""
+    batch = min(most, max(2, clips // 8))
     return batch, max(15, math.ceil(2000 / math.ceil(clips / batch)))
 
 
@@ -266,8 +267,8 @@ class Online(nn.Module):
         self.vit.train(mode and not self.frozen)
         return self
 
-    def forward(self, batch):
-        """-> (B, C) scores of each head."""
+    def encode(self, batch):
+        """-> tokens (B, N, D), embedding (B, D)."""
         given, mask = pick(batch, self.modality), None
         if self.training and self.share:
             first = self.vit.embed(**{key: x[:1] for key, x in given.items()})                  # one clip tells how many tokens there are
@@ -276,7 +277,12 @@ class Online(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             x = self.vit(**given, mask=mask, layers=self.layers)
             tokens, embedding = self.vit.read_out(x, "video" in given, "audio" in given)
-        return [head(tokens.float(), embedding.float()) for head in self.heads]
+        return tokens.float(), embedding.float()
+
+    def forward(self, batch):
+        """-> (B, C) scores of each head."""
+        features = self.encode(batch)
+        return [head(*features) for head in self.heads]
 
 
 def train_views(rng, duration, inputs, modality):
@@ -314,15 +320,20 @@ def probe_online(kind, encoder, train, test, inputs, process, workers, args, fro
         for group in optimizer.param_groups:
             group["lr"] = common.cosine(step, steps, group["peak"], 0.0)
         targets = train.targets(inner[batch["index"]]).to(process.device)
-        with process.autocast():
-            scores = model.train()(data.to_device(batch, process.device))
-        losses = [loss_of(s.float(), targets, args.smoothing) for s in scores]
-        losses = [loss for loss in losses if math.isfinite(loss.item())]        # a rate that is too high loses, the others go on
-        if not losses:
-            raise UserError(f"the loss is not finite at step {step}; lower --lr")
-        loss = sum(losses)
         optimizer.zero_grad()
-        loss.backward()
+        with process.autocast():
+            features = model.train().encode(data.to_device(batch, process.device))
+        lost = 0
+        for head in model.heads:                        # one after the other: the graphs of all would not fit
+            with process.autocast():
+                scores = head(*features)
+            loss = loss_of(scores.float(), targets, args.smoothing)
+            if math.isfinite(loss.item()):
+                loss.backward()
+            else:                                       # a rate that is too high loses, the others go on
+                lost += 1
+        if lost == len(heads):
+            raise UserError(f"the loss is not finite at step {step}; lower --lr")
         optimizer.step()
 
     def scores_of(listing, label):
@@ -354,7 +365,7 @@ def toy_report(run, data_dir, process, workers):
     untrained, the raw input, and chance. Prints the table, writes it to results.json in the run's folder, and returns it."""
     began, seed = time.time(), 0
     train, test = data.list_clips("toy", data_dir, "train"), data.list_clips("toy", data_dir, "test")
-    encoders = {"trained": common.load_encoder(run, process.device), "untrained": common.load_encoder(run, process.device, untrained=True)}
+    encoders = {name: common.load_encoder(run, process.device, name == "untrained", cross=True) for name in ("trained", "untrained")}
     vit, inputs = encoders["trained"].vit, data.Inputs(**encoders["trained"].inputs)
     modalities = [m for m in MODALITIES if all(getattr(vit, key) for key in MODALITIES[m])]
     table = {}
@@ -382,7 +393,8 @@ def toy_report(run, data_dir, process, workers):
         print(f"{name:12s}" + "".join(f"{'-' if v is None else f'{v:.1f}':>11s}" for v in values))
     table["seconds"] = round(time.time() - began, 1)
     common.replace_file(Path(run) / "results.json", lambda f: f.write((json.dumps(table, indent=1) + "\n").encode()))
-    print(f"evaluated in {table['seconds']:.0f} s: {run}/results.json")
+    print(f"evaluated in {table['seconds']:.0f} s" + (f", retrieval by '{table['trained']['embedding']}' (retrieval.py)" if ways else "")
+          + f": {run}/results.json")
     return table
 
 
@@ -438,7 +450,7 @@ def get_args(argv=None):
     add("--absent", choices=("zero", "drop"), help="if other than in training")
     add("--seconds", type=float, help="length of a view of sound; default: the encoder's, or the clips' where they are all shorter")
     add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps); fine-tuned 13 (AV-JEPA), 30 (others)")
-    add("--batch-size", type=int, help="default: 512 frozen (an eighth of a small set), 64 fine-tuned")
+    add("--batch-size", type=int, help="default: 512 frozen (an eighth of a small set; 32 with blocks), 64 fine-tuned")
     add("--lr", type=float, nargs="+", help="tried on held-out clips of train; default: 1e-3 1e-2 1e-1 1 frozen, 1e-4 3e-4 1e-3 3e-3 "
         "with blocks; fine-tuned that of the head, 2e-4 (AV-JEPA), 1e-3 (others)")
     add("--encoder-lr", type=float, help="of the encoder in fine-tuning; default: 1e-5")
@@ -522,7 +534,7 @@ def run_probe(args, kind, encoder, load, train, test, inputs, process, workers):
         raise UserError(f"{train.name}: {clips} training clips; a probe needs at least 3" + ("" if train.fold is None else ", outside of "
                         "each fold"))
     # unspecified: the batch of fine-tuning
-    batch, epochs = frozen_schedule(clips) if frozen else (64, FINETUNE[encoder.method]["epochs"])
+    batch, epochs = frozen_schedule(clips, 32 if kind == "blocks" else 512) if frozen else (64, FINETUNE[encoder.method]["epochs"])
     args.batch_size, args.epochs = args.batch_size or batch, args.epochs or epochs
     args.lr = args.lr or (list(BLOCKS_LRS if kind == "blocks" else FROZEN_LRS) if frozen else FINETUNE[encoder.method]["lr"])
     args.smoothing = 0.0 if frozen else FINETUNE[encoder.method]["smoothing"]

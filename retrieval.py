@@ -84,8 +84,9 @@ def embed(encoder, listing, views=4, batch=128, workers=1, process=None, seed=0,
         for modality in out:
             with process.autocast():
                 z = encoder(**{modality: b[modality]})[1].float()                   # (B views, D)
-            if embedding == "predicted":                                            # as trained: a prediction, and its target
-                # unspecified: the mean over the views comes last, and is not normalised
+            if embedding == "predicted":                                            # a prediction, and what it was trained on
+                # unspecified: predictors that were trained on the visible part are given the whole input; the mean over the views comes
+                # last, and is not normalised
                 with process.autocast():
                     target = encoder.teacher(**{modality: b[modality]})[1].float()
                 roles = encoder.cross[ACROSS[modality]](z), F.layer_norm(target, target.shape[-1:])
@@ -145,7 +146,7 @@ def evaluate(encoder, listing, views=4, workers=1, process=None, embedding=None,
     index = read["index"][both]
     if not len(index):
         raise UserError(f"{listing.name}: no clip has both sound and picture")
-    result = {"N": len(index), "left_out": len(listing) - len(index), "chance": chance(len(index))}
+    result = {"N": len(index), "left_out": len(listing) - len(index), "embedding": embedding, "chance": chance(len(index))}
     for name, asks, finds in (("A->V", "audio", "video"), ("V->A", "video", "audio")):
         found = similarity(z[asks][0][both], z[finds][1][both], embedding)
         result[name] = recall(found)
@@ -209,9 +210,9 @@ def main(argv=None):
     if process.world > 1:
         raise UserError("retrieval.py runs in one process; start it without torchrun")
     workers = common.default_workers(process) if args.workers is None else args.workers
-    encoder = common.load_encoder(args.ckpt, process.device, args.untrained, args.absent)
+    encoder = common.load_encoder(args.ckpt, process.device, args.untrained, args.absent, cross=True)
     if encoder.vit.video is None or encoder.vit.audio is None:
-        raise UserError(f"{args.ckpt}: {encoder.method} takes one modality only; retrieval needs both")
+        raise UserError(f"{args.ckpt}: this {encoder.method} encoder takes one modality only; retrieval needs both")
     embedding = choose_embedding(encoder, args.embedding)
     if args.query:
         asks, best, left_out = query(encoder, args.query, args.folder, args.top, args.views, workers, process, embedding, args.seed)

@@ -996,27 +996,31 @@ def write_cross(folder, cross=CROSS):
 
 def test_load_encoder_gives_the_predictors_from_one_input_to_another(tmp_path):
     model, x = write_cross(tmp_path), random(1, 32)
-    encoder = common.load_encoder(tmp_path)
+    encoder = common.load_encoder(tmp_path, cross=True)
     assert set(encoder.cross) == set(CROSS) and encoder.projector is None and not any(p.requires_grad for p in encoder.parameters())
     for name in CROSS:
         y = x
         for i in (0, 2, 4):
             y = F.linear(F.gelu(y) if i else y, model[f"cross.{name}.{i}.weight"], model[f"cross.{name}.{i}.bias"])
         torch.testing.assert_close(encoder.cross[name](x), y)
+    assert same(encoder.teacher.vit.state_dict(), {k: model[f"target_encoder.{k}"] for k in encoder.vit.state_dict()})
     for which in ("context", "target"):
         vit = common.load_encoder(tmp_path, weights=which).vit.state_dict()
         assert same(vit, {k: model[f"{which}_encoder.{k}"] for k in vit})
-    assert len(common.load_encoder(tmp_path, layers=[0, 1]).cross) == 0             # they read the last layer alone
+    for how in (dict(), dict(cross=True, layers=[0, 1])):                           # not asked for; they read the last layer alone
+        encoder = common.load_encoder(tmp_path, **how)
+        assert encoder.cross is None and encoder.teacher is None
 
 
 def test_an_untrained_encoder_has_untrained_predictors_and_a_list_that_does_not_fit_the_weights_is_refused(tmp_path):
     model = write_cross(tmp_path)
-    encoder = common.load_encoder(tmp_path, untrained=True)
+    encoder = common.load_encoder(tmp_path, untrained=True, cross=True)
+    assert same(encoder.teacher.vit.state_dict(), encoder.vit.state_dict())
     assert same(encoder.vit.state_dict(), nano_vit(5, cls=False, norm_out=True, levels=[0]).state_dict())
     assert set(encoder.cross) == set(CROSS) and encoder.cross["a->v"](random(2, 32)).shape == (2, 32)
     assert not torch.equal(encoder.cross["a->v"][0].weight, model["cross.a->v.0.weight"])
     write_cross(tmp_path, (*CROSS, "a->av"))
-    fails(common.load_encoder, tmp_path, match="other names")
+    fails(common.load_encoder, tmp_path, cross=True, match="other names")
 
 
 def test_load_encoder_can_change_what_an_absent_modality_means(tmp_path):

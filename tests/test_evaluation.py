@@ -186,7 +186,7 @@ def view_embeddings(encoder, listing, modality):
 
 def test_a_clip_is_found_by_the_l1_distance_of_what_the_other_modality_predicts(toy, write_run):
     run, listing = write_run(), data.list_clips("toy", toy, "test").subset(range(7))
-    encoder, asked = common.load_encoder(run), {}
+    encoder, asked = common.load_encoder(run, cross=True), {}
     result = retrieval.evaluate(encoder, listing, 3, 0, CPU)
     embeddings = {modality: view_embeddings(encoder, listing, modality) for modality in ("audio", "video")}
     for way, asks, finds, predictor in (("A->V", "audio", "video", "a->v"), ("V->A", "video", "audio", "v->a")):
@@ -224,8 +224,8 @@ def test_each_checkpoint_is_searched_as_its_authors_do_and_refuses_what_it_lacks
                                 (dict(cross=(), projector=(16, 8), method="avjepa_lejepa"), "projected", ["predicted"])):
         run = write_run(**words)
         for untrained in (False, True):
-            assert retrieval.choose_embedding(common.load_encoder(run, untrained=untrained)) == first
-        assert retrieval.choose_embedding(common.load_encoder(run), "encoder") == "encoder"
+            assert retrieval.choose_embedding(common.load_encoder(run, untrained=untrained, cross=True)) == first
+        assert retrieval.choose_embedding(common.load_encoder(run, cross=True), "encoder") == "encoder"
         for name in lacks:
             with pytest.raises(common.UserError, match=f"--embedding {name}: .* has no .* give --embedding encoder"):
                 retrieval.main(["--ckpt", str(run), "--data", "toy", "--device", "cpu", "--embedding", name])
@@ -234,7 +234,7 @@ def test_each_checkpoint_is_searched_as_its_authors_do_and_refuses_what_it_lacks
 @pytest.mark.parametrize("embedding", ["projected", "encoder"])
 def test_the_cosine_is_that_of_the_normalised_means_over_the_views(toy, write_run, embedding):
     run = write_run(cross=(), projector=(16, 8), method="avjepa_lejepa")
-    encoder, listing, z = common.load_encoder(run), data.list_clips("toy", toy, "test").subset(range(4)), {}
+    encoder, listing, z = common.load_encoder(run, cross=True), data.list_clips("toy", toy, "test").subset(range(4)), {}
     for modality in ("audio", "video"):
         means = [sum(encoder.projector(e) if embedding == "projected" else e for e in one) / 3
                  for one in view_embeddings(encoder, listing, modality)]
@@ -305,7 +305,7 @@ def test_the_attentive_probe_has_the_head_of_the_method_unless_another_is_given(
 
 @pytest.mark.parametrize("modality, views, seconds", [("audio", (1, 1), 10.0), ("video", (4, 2), 4.0), ("av", (4, 2), 10.0)])
 def test_clips_as_long_as_the_sound_are_tested_in_several_views_of_the_shorter_pictures(write_run, modality, views, seconds):
-    encoder = common.load_encoder(write_run())
+    encoder = common.load_encoder(write_run(), cross=True)
     encoder.inputs = asdict(data.Inputs(seconds=10.0, video_seconds=4.0))
     listing = data.make_listing("audioset", "", ["a.mp4"], [[0]], ["a"], seconds=10.0)
 
@@ -333,7 +333,7 @@ def test_the_table_of_a_toy_run_has_what_the_encoder_takes(toy, write_run, modal
     columns = {*modalities, *(["av"] if ways else []), *ways}
     assert json.loads((run / "results.json").read_text()) == table
     for name in ("trained", "untrained", "raw input", "chance"):
-        assert set(table[name]) - {"N", "left_out", "chance"} == columns - (ways if name == "raw input" else set())
+        assert set(table[name]) - {"N", "left_out", "embedding", "chance"} == columns - (ways if name == "raw input" else set())
     shown = capsys.readouterr().out
     assert ("A->V (N = 16)" in shown) == bool(ways) and shown.count("\n") == 8
 

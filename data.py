@@ -1,7 +1,8 @@
 """Clips in, tensors out: every data set goes through the same decoder and the same front end.
 
-A clip is opened and decoded once, whatever the number of views; audio and video of a view cover the same seconds, by
-timestamps, unless the method takes pictures of a part of them only. From top to bottom: read a clip, turn it into tensors, list a data set, draw batches, make the toy world.
+A clip is opened and decoded once, whatever the number of views; audio and video of a view cover the same seconds, by timestamps,
+unless the method takes pictures of a part of them only. From top to bottom: read a clip, turn it into tensors, list a data set, draw
+batches, make the toy world.
 
     python data.py --data toy --check                                 # writes the toy clips if they are not there
     python data.py --data vggsound --data-dir vggsound/ --check       # what is there, missing, unreadable

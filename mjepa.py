@@ -100,7 +100,7 @@ def get_args(argv=None):
     if (recipe["seconds"], recipe["columns"]) not in zip(RECIPE["seconds"][:2], RECIPE["columns"][:2]):     # of another length
         recipe["columns"] = None                        # as many as it gives, filled up to whole patches
     recipe.update(terms=args.terms, aligned=args.aligned, cooldown=args.cooldown)
-    if args.init and Path(args.out).resolve() in (Path(args.init).resolve(), Path(args.init).resolve().parent):
+    if args.init and Path(args.out).resolve() == (Path(args.init) if Path(args.init).is_dir() else Path(args.init).parent).resolve():
         raise UserError(f"--init {args.init} lies in --out {args.out}, where it would be written over; give another --out")
     if args.data in data.SOUNDS and args.terms != "separate-audio":
         raise UserError(f"--data {args.data} has no pictures; give --terms separate-audio, or use ajepa.py")
@@ -331,22 +331,24 @@ def learning_rate(step, recipe):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def alarms(rows, warmup=0):
-    """What has gone wrong by the last of the log's rows: {what: message}. The authors' release is said to degrade late in training, with
-    rising terms within and falling terms across (their issue tracker). A row whose clips lack what a term needs says nothing of it."""
+    """What has gone wrong by the last of the log's rows: {column and what: message}. The authors' release is said to degrade late in
+    training, with rising terms within and falling terms across (their issue tracker). A row whose clips lack what a term needs says
+    nothing of it."""
     found = {}
     for name in (key for key in rows[-1] if f"{key}/know_nothing" in rows[-1]):
         pairs = [(row[name], row[f"{name}/know_nothing"]) for row in rows if row.get(f"{name}/know_nothing")]
         if not pairs and len(rows) >= 5:
-            found[name] = f"no clip so far has what {name} needs, it learns nothing; another --terms fits these clips"
+            found[f"{name} has none"] = f"no clip so far has what {name} needs, it learns nothing; another --terms fits these clips"
         if not pairs or not rows[-1][f"{name}/know_nothing"]:
             continue
         loss, nothing = zip(*pairs)
         if name in INTRA and len(loss) >= 13:           # by more than what richer targets explain
             share = [a / b for a, b in pairs]
             if all(np.mean(x[-3:]) > 1.2 * min(np.convolve(x[:-3], np.full(10, 0.1), "valid")) for x in (loss, share)):
-                found[name] = f"{name} rises: {np.mean(loss[-3:]):.3g}, after {min(loss):.3g}"
-        if min(loss[-1] if name in CROSS else nothing[-1], nothing[-1]) < 0.05 * max(nothing):
-            found[name] = f"{name} is at its floor ({loss[-1]:.3g}): its target says next to nothing any more"
+                found[f"{name} rises"] = f"{name} rises: {np.mean(loss[-3:]):.3g}, after {min(loss):.3g}"
+        lowest = min(loss[-1], nothing[-1]) if name in CROSS else nothing[-1]
+        if lowest < 0.05 * max(nothing):
+            found[f"{name} floor"] = f"{name} is at its floor ({lowest:.3g}): its target says next to nothing any more"
     for name in (key for key in rows[-1] if key.startswith("rank_")):
         rank = [row[name] for row in rows if name in row and row["step"] >= warmup]         # it falls in the warm-up of a healthy run
         if len(rank) >= 10 and np.mean(rank[-5:]) < 0.5 * max(np.convolve(rank[:-5], np.full(5, 0.2), "valid")):
@@ -372,6 +374,8 @@ def main(argv=None):
     listing = data.list_clips(args.data, args.data_dir)
     recipe["steps"] = steps = recipe["steps"] or max(1, round(recipe["epochs"] * (len(listing) // recipe["batch_size"])))
     found, start = common.open_run(args, METHOD, recipe, process), 0
+    if found and args.init and found["args"]["init"] != args.init:
+        raise UserError(f"{args.out}: the run there began from {found['args']['init']}; give another --out, or --fresh to start over")
     begun = common.load_checkpoint(args.init, METHOD) if args.init and not found else None
     if found:
         common.load_weights(model, found["model"], args.out)
@@ -458,7 +462,7 @@ def main(argv=None):
             row.update({"grad_norm": grad_norm.item(), "lr": lr, "ms_data": 1e3 * data_s / count, "ms_step": 1e3 * seconds / count,
                         **troubles.row()})
             log.write(row, ("step", *panel))
-            rows.append(row)
+            rows = [*(rows if len(rows) < 4000 else rows[:2000:2] + rows[2000:]), row]     # the older ones thinner
             for name, message in alarms(rows, warmup).items() if process.main else ():
                 if name not in named or step - named[name] > 20 * args.log_every:           # once, and again if it comes back
                     tqdm.write(f"WARNING at step {step}: {message}; see the README, Is it healthy?")
@@ -471,7 +475,7 @@ def main(argv=None):
             if process.main:
                 tqdm.write(f"stopped after step {step + 1} of {steps}, saved to {args.out}; the same command goes on from there")
             return
-    stop.release()
+    stop.release(), pool.shutdown()
     if process.main:
         common.draw_curves(args.out, panel, f"MJEPA, {args.terms}, {args.data}, seed {args.seed}, {steps} steps")
         print(f"trained {steps:,} steps: {args.out}/latest.pt, log.jsonl, curves.png")

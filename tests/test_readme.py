@@ -1,4 +1,5 @@
 """Every command of the README runs, at tiny size: parsed from it, with flags that shrink it added at its end."""
+import multiprocessing
 import os
 import re
 import runpy
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data
 from conftest import ROOT, write
@@ -83,37 +85,50 @@ def write_sounds(place):
         (truth / f"{part}.csv").write_text("fname,labels,mids" + ",split" * (part == "dev") + "\n" + "\n".join(lines) + "\n")
 
 
+FORK = multiprocessing.get_start_method() == "fork" and not torch.cuda.is_available()
+
+
 def run(words, cwd, seconds=120):
-    """A command line in a process of its own: (exit code, what it printed). python SCRIPT is forked off this one, which has torch already:
-    three seconds less for each command."""
+    """A command line in a process of its own: (exit code, what it printed). Where that is safe, python SCRIPT is forked off this one,
+    which has torch already: three seconds less for each command."""
     with tempfile.TemporaryFile() as output:
-        pid = os.fork() if words[0] == sys.executable and words[1].endswith(".py") else None
-        if pid is None:
+        if FORK and words[0] == sys.executable and words[1].endswith(".py"):
+            pid, until = os.fork(), time.time() + seconds
+            if pid == 0:
+                forked(words[1:], cwd, output)
+            try:
+                while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                    assert time.time() < until, f"not done after {seconds} s: {words}"
+                    time.sleep(0.02)
+            except BaseException:
+                os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
+                raise
+            code = os.waitstatus_to_exitcode(ended[1])
+        else:
             env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             code = subprocess.run(words, cwd=cwd, stdout=output, stderr=output, timeout=seconds, env=env).returncode
-        elif pid == 0:
-            code = 1
-            try:
-                os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2), os.chdir(cwd)
-                sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), words[1:]
-                runpy.run_path(words[1], run_name="__main__")
-                code = 0
-            except SystemExit as end:
-                code = end.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(), sys.stderr.flush(), data.end_workers()
-                os._exit(code)
-        else:
-            until = time.time() + seconds
-            while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                if time.time() > until:
-                    os.kill(pid, signal.SIGKILL)
-                time.sleep(0.02)
-            code = os.waitstatus_to_exitcode(ended[1])
         output.seek(0)
         return code, output.read().decode(errors="replace")
+
+
+def forked(argv, cwd, output):
+    """The forked process: run the script as python would, and end."""
+    code = 1
+    try:
+        multiprocessing.process._children.clear()               # those of the other process
+        os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2), os.chdir(cwd)
+        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), argv
+        runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush(), sys.stderr.flush(), data.end_workers()
+        finally:
+            os._exit(code)
 
 
 def train(place, folder):

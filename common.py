@@ -713,7 +713,9 @@ def draw_curves(out, names, title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = read_log(out)
-    fig, axes = plt.subplots(2, math.ceil(len(names) / 2), figsize=(3.2 * math.ceil(len(names) / 2), 5), squeeze=False)
+    height = 2 if len(names) <= 12 else 4
+    width = math.ceil(len(names) / height)
+    fig, axes = plt.subplots(height, width, figsize=(3.2 * width, 2.5 * height), squeeze=False)
     for ax, pair in zip(axes.flat, ((name,) if isinstance(name, str) else name for name in names)):
         for name, line in zip(pair, ("k-", "k--")):
             ax.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r], line, lw=1)

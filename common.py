@@ -623,8 +623,8 @@ def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, 
         seed_step(content["args"]["seed"], 0)
         vit = ViT(**content["encoder"])
         projector = mlp(vit.dim, content["projector"]) if content.get("projector") and not layers else None
-        names = content.get("cross") if cross and not layers else None
-        cross = nn.ModuleDict({name: mlp(vit.dim, 3 * [vit.dim], norm=False) for name in names}) if names else None
+        widths = content.get("cross") if cross and not layers else None
+        cross = nn.ModuleDict({name: mlp(vit.dim, w, norm=False) for name, w in widths.items()}) if widths else None
     vit.absent = absent or vit.absent
     teacher = copy.deepcopy(vit) if cross else None
     for layer in layers or ():

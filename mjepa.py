@@ -411,8 +411,9 @@ def main(argv=None):
     def save(step):                                     # weights: unspecified which are evaluated (kin: the teacher's)
         if process.main:
             common.save_checkpoint(Path(args.out) / "latest.pt", method=METHOD, step=step, steps=steps, args=vars(args), recipe=recipe,
-                                   inputs=asdict(inputs), encoder=config, projector=None, cross=list(model.cross),
-                                   weights="context_encoder", model=model.state_dict(), optimizer=optimizer.state_dict())
+                                   inputs=asdict(inputs), encoder=config, projector=None, weights="context_encoder",
+                                   cross={term: 3 * [model.context_encoder.dim] for term in model.cross},
+                                   model=model.state_dict(), optimizer=optimizer.state_dict())
 
     wrapped, stop = process.wrap(model), common.StopSignal()
     log, troubles = common.Log(args.out, start, process), data.Troubles(len(listing), args.max_bad)

@@ -990,7 +990,7 @@ def write_cross(folder, cross=CROSS):
     for name in CROSS:
         model.update({f"cross.{name}.{k}": v for k, v in common.mlp(32, [32, 32, 32], norm=False).state_dict().items()})
     common.save_checkpoint(folder / "latest.pt", method="mjepa", step=3, args=dict(seed=5), inputs=asdict(data.Inputs()), encoder=config,
-                           projector=None, cross=list(cross), weights="target_encoder", model=model)
+                           projector=None, cross={name: [32, 32, 32] for name in cross}, weights="target_encoder", model=model)
     return model
 
 

@@ -171,7 +171,8 @@ def write_run(tmp_path, monkeypatch):
             parts["projector"] = common.mlp(32, projector)
         model = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
         common.save_checkpoint(tmp_path / "latest.pt", method=method, step=3, args=dict(seed=0), inputs=asdict(INPUTS), encoder=config,
-                               projector=projector, cross=list(cross), weights="target_encoder", model=model)
+                               projector=projector, cross={name: 3 * [32] for name in cross}, weights="target_encoder",
+                               model=model)
         return tmp_path
 
     return write

@@ -176,6 +176,8 @@ def main(argv=None):
 
     if args.data in data.SOUNDS:
         raise UserError(f"--data {args.data} has no pictures; ajepa.py trains on sound alone")
+    if args.data in data.SILENT:
+        raise UserError(f"--data {args.data} has no sound; mjepa.py --terms separate-video trains on pictures alone")
     if args.data == "toy" and process.main:
         data.list_clips("toy", args.data_dir)                                       # rank 0 writes the clips, the others wait
     process.barrier()

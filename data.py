@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 SOUNDS = ("esc50", "speechcommands", "fsd50k")          # sets without pictures
-NAMES = ("toy", "audioset", "audioset-20k", "audioset-full", "vggsound", *SOUNDS, "folder")
+SILENT = ("ssv2",)                                      # sets without sound
+NAMES = ("toy", "audioset", "audioset-20k", "audioset-full", "vggsound", "kinetics400", *SILENT, *SOUNDS, "folder")
 MEDIA = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv", ".ts",
          ".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,10 +40,11 @@ class ClipError(UserError):
     """A file in which nothing decodes; the message holds its name and the reason."""
 
 
-def read_windows(path, plan, num_frames, size, sample_rate):
+def read_windows(path, plan, num_frames, size, sample_rate, frame_rate=None):
     """Decode one clip once for several windows of time.
 
-    plan(duration in seconds) -> (video windows, audio windows), each a list of (start, seconds) on the clip's own clock.
+    plan(duration in seconds) -> (video windows, audio windows), each a list of (start, seconds) on the clip's own clock. With a
+    frame_rate the plan's seconds count frames: one of its seconds is `frame_rate` frames of this clip, however long those take.
     Returns a dict: video, one (T, H, W, 3) uint8 array for each video window, short side `size`, T = num_frames frames at
     the middle of T equal parts of the window; audio, one (samples,) float32 array for each audio window, the mean of the
     channels at sample_rate; has_video, has_audio (of a stream that no window asks for: is it there); short: more than .1 s of a
@@ -50,13 +52,13 @@ def read_windows(path, plan, num_frames, size, sample_rate):
     zeros. Raises ClipError.
     """
     try:
-        return _read_windows(os.path.abspath(path), plan, num_frames, size, sample_rate)
+        return _read_windows(os.path.abspath(path), plan, num_frames, size, sample_rate, frame_rate)
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as e:
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise ClipError(f"{path}: does not decode ({reason})") from None
 
 
-def _read_windows(path, plan, num_frames, size, sample_rate):
+def _read_windows(path, plan, num_frames, size, sample_rate, frame_rate):
     if os.path.getsize(path) == 0:
         raise ClipError(f"{path}: the file is empty")
     with av.open(path, metadata_errors="replace") as container:
@@ -69,7 +71,9 @@ def _read_windows(path, plan, num_frames, size, sample_rate):
         duration = (container.duration or 0) / av.time_base
         if duration <= 0:                                               # a container without an index, a raw stream
             duration = max((float(s.duration * s.time_base) for s in streams if s.duration), default=0.0)
-        video_windows, audio_windows = plan(duration)
+        own = float(video.average_rate or 0) if frame_rate and video is not None else 0.0
+        stretch = frame_rate / own if 1 <= own <= 240 else 1.0          # without pictures, or with a wrong header: plain seconds
+        video_windows, audio_windows = ([(start * stretch, seconds * stretch) for start, seconds in w] for w in plan(duration / stretch))
         chosen = [s for s in (video if video_windows else None, audio if audio_windows else None) if s is not None]
 
         wanted = sorted((start + (i + 0.5) * seconds / num_frames, w, i)
@@ -189,10 +193,12 @@ class Inputs:
     hop: int = 160
     window: str = "hamming"         # or "hann"
     n_mels: int = 128               # 0: the encoder takes no sound
-    log: str = "db"                 # decibel, floor at -100; or "ln": log(mel + 1e-6)
+    log: str = "db"                 # decibel, floor at -100; "db_max": below the clip's loudest, floor at -80; or "ln": log(mel + 1e-6)
     mel_mean: float | tuple = -17.977       # one for all bins (dB, AudioSet, authors' code), or one for each; python data.py --stats
     mel_std: float | tuple = 24.468
     columns: int | None = None      # frames of the mel: what is missing is silence; None: as many as the seconds give
+    interpolate: bool = False       # squeeze or stretch the mel to `columns` instead
+    frame_rate: float | None = None         # the seconds above count frames of the clip at this rate (frame_rate of read_windows)
 
     @property
     def mel_frames(self):
@@ -205,12 +211,13 @@ class Inputs:
 
 
 class LogMel(torch.nn.Module):
-    """(..., samples) -> (..., 1, F, T): mel power, with silence up to inputs.columns, its log, minus the mean, over the std."""
+    """(..., samples) -> (..., 1, F, T): mel power, with silence up to inputs.columns (or interpolated to them), its log, minus the mean,
+    over the std."""
     def __init__(self, inputs):
         super().__init__()
         for name, value in (("mean", inputs.mel_mean), ("std", inputs.mel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1), persistent=False)                       # (1 or F, 1)
-        self.decibel, self.columns = inputs.log == "db", inputs.columns
+        self.log, self.columns, self.interpolate = inputs.log, inputs.columns, inputs.interpolate
         window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[inputs.window]
         with warnings.catch_warnings():                                 # 128 bins of 512 samples: the lowest filter is empty
             warnings.filterwarnings("ignore", message="At least one mel filterbank")
@@ -219,19 +226,35 @@ class LogMel(torch.nn.Module):
 
     def forward(self, wave):
         mel = self.mel(wave)                                                                                    # (..., F, T)
-        mel = torch.nn.functional.pad(mel, (0, (self.columns or mel.shape[-1]) - mel.shape[-1]))        # or cut, if there are more
-        mel = 10 * mel.clamp_min(1e-10).log10() if self.decibel else (mel + 1e-6).log()
+        if not self.interpolate:
+            mel = torch.nn.functional.pad(mel, (0, (self.columns or mel.shape[-1]) - mel.shape[-1]))    # or cut, if there are more
+        mel = (mel + 1e-6).log() if self.log == "ln" else 10 * mel.clamp_min(1e-10).log10()
+        if self.log == "db_max":
+            mel = (mel - mel.amax((-2, -1), keepdim=True)).clamp_min(-80)
+        if self.interpolate and self.columns not in (None, mel.shape[-1]):
+            size = (mel.shape[-2], self.columns)
+            mel = torch.nn.functional.interpolate(mel.reshape(1, -1, *mel.shape[-2:]), size, mode="bilinear", antialias=True).reshape(
+                *mel.shape[:-2], *size)
         return ((mel - self.mean) / self.std).unsqueeze(-3)                                                     # (..., 1, F, T)
 
 
 def crop_transform(inputs, crop):
-    """Transform for (T, 3, H, W) uint8: 'center' (resize and centre crop), 'flip' (the same, flipped half of the time) or
-    'random' (random resized crop and flip)."""
+    """Transform for (T, 3, H, W) uint8: 'center' (resize and centre crop), 'first' and 'last' (the same at the start and at the end of
+    the longer side), 'flip' ('center', flipped half of the time) or 'random' (random resized crop and flip)."""
     if crop == "random":
         steps = [transforms.RandomResizedCrop(inputs.size, scale=inputs.crop_scale, antialias=True)]
     else:
-        steps = [transforms.Resize(inputs.resize, antialias=True), transforms.CenterCrop(inputs.size)]
-    return transforms.Compose(steps + [transforms.RandomHorizontalFlip()] * (crop != "center"))
+        # differs: V-JEPA's code scales the short side to the very size of the crop for its three crops; here they are as large as 'center'
+        cut = functools.partial(_cut_end, inputs.size, crop) if crop in ("first", "last") else transforms.CenterCrop(inputs.size)
+        steps = [transforms.Resize(inputs.resize, antialias=True), cut]
+    return transforms.Compose(steps + [transforms.RandomHorizontalFlip()] * (crop in ("flip", "random")))
+
+
+def _cut_end(size, crop, video):
+    """The square of `size` at the first or the last end of the longer side (of a square: of the width), in the middle of the other."""
+    corner, long = [round((side - size) / 2) for side in video.shape[-2:]], int(video.shape[-1] >= video.shape[-2])
+    corner[long] = 0 if crop == "first" else video.shape[-2:][long] - size
+    return video[..., corner[0]:corner[0] + size, corner[1]:corner[1] + size]
 
 
 def normalize_video(video):
@@ -250,16 +273,20 @@ class View(NamedTuple):
     pictures: tuple | None = None   # (start, seconds) of the pictures, if not those of the sound
 
 
-def place_views(places, inputs, duration, video=True, audio=True):
-    """Views with centre crop at `places`, 0 (as early as can be) to 1 (as late as can be)."""
+CROPS = {1: ("center",), 3: ("first", "center", "last")}            # test crops of a place, in their order
+
+
+def place_views(places, inputs, duration, video=True, audio=True, crops=1):
+    """Views at `places`, 0 (as early as can be) to 1 (as late as can be): centre crop, or each place with all three of CROPS."""
     room, spare = (max(0.0, duration - seconds) for seconds in (inputs.seconds, inputs.video_seconds or inputs.seconds))
-    return [View(float(room * place), inputs.seconds, "center" if video else None, audio,
-                 (float(spare * place), inputs.video_seconds) if inputs.video_seconds else None) for place in places]
+    return [View(float(room * place), inputs.seconds, crop if video else None, audio,
+                 (float(spare * place), inputs.video_seconds) if inputs.video_seconds else None)
+            for place in places for crop in CROPS[crops]]
 
 
-def even_views(count, inputs, rng, duration, video=True, audio=True):
-    """`count` test views spread evenly over the clip, centre crop."""
-    return place_views([0.5] if count == 1 else np.linspace(0, 1, count), inputs, duration, video, audio)
+def even_views(count, inputs, rng, duration, video=True, audio=True, crops=1):
+    """Test views at `count` places spread evenly over the clip, each with as many crops."""
+    return place_views([0.5] if count == 1 else np.linspace(0, 1, count), inputs, duration, video, audio, crops)
 
 
 class Clips(Dataset):
@@ -274,7 +301,7 @@ class Clips(Dataset):
     def __init__(self, listing, inputs, plan, seed=0, replace=True):
         self.listing, self.inputs, self.plan, self.seed, self.replace = listing, inputs, plan, seed, replace
         self.mel = LogMel(inputs) if inputs.n_mels else None
-        self.crops = {crop: crop_transform(inputs, crop) for crop in ("center", "flip", "random")}
+        self.crops = {crop: crop_transform(inputs, crop) for crop in (*CROPS[3], "flip", "random")}
 
     def __len__(self):
         return len(self.listing)
@@ -294,19 +321,23 @@ class Clips(Dataset):
         return {"bad": bad}                     # 20 clips in a row: Troubles says so in the training process
 
     def item(self, index, rng):
-        views = []
+        views, shown, heard = [], {}, {}                    # shown and heard: what a window (start, seconds) holds
 
-        def windows(duration):
+        def windows(duration):                              # each of them once: the crops of a place share its frames and its sound
             views.extend(self.plan(rng, duration))
-            return [v.pictures or v[:2] for v in views if v.video], [v[:2] for v in views if v.audio]
+            shown.update(dict.fromkeys(v.pictures or v[:2] for v in views if v.video))
+            heard.update(dict.fromkeys(v[:2] for v in views if v.audio))
+            return list(shown), list(heard)
 
-        clip = read_windows(self.listing.path(index), windows, self.inputs.frames, self.inputs.resize, self.inputs.sample_rate)
+        clip = read_windows(self.listing.path(index), windows, self.inputs.frames, self.inputs.resize, self.inputs.sample_rate,
+                            self.inputs.frame_rate)
         out = {"index": index, "present": torch.tensor([[bool(v.video), bool(v.audio)] for v in views])}
         with torch.random.fork_rng(devices=[]):             # torchvision draws its crops from torch's global stream
             torch.manual_seed(int(rng.integers(2 ** 62)))
-            out["video"] = [self.crops[view.video](torch.from_numpy(frames).permute(0, 3, 1, 2)).transpose(0, 1)
-                            for view, frames in zip([v for v in views if v.video], clip["video"])]
-        out["audio"] = [self.mel(torch.from_numpy(wave)) for wave in clip["audio"]]
+            shown = {window: torch.from_numpy(frames).permute(0, 3, 1, 2) for window, frames in zip(shown, clip["video"])}
+            out["video"] = [self.crops[v.video](shown[v.pictures or v[:2]]).transpose(0, 1) for v in views if v.video]
+        heard = {window: self.mel(torch.from_numpy(wave)) for window, wave in zip(heard, clip["audio"])}
+        out["audio"] = [heard[v[:2]] for v in views if v.audio]
         return {**out, **{k: clip[k] for k in ("has_video", "has_audio", "short")}}
 
 
@@ -340,7 +371,7 @@ def load_clip(path, inputs, start=None):
         return ([(begin + max(0.0, min(inputs.seconds, duration - begin) - seconds) / 2, seconds)] if inputs.frames else [],
                 [(begin, inputs.seconds)] if inputs.n_mels else [])
 
-    clip, out = read_windows(path, middle, inputs.frames, inputs.resize, inputs.sample_rate), {}
+    clip, out = read_windows(path, middle, inputs.frames, inputs.resize, inputs.sample_rate, inputs.frame_rate), {}
     if clip["has_video"] and inputs.frames:
         frames = torch.from_numpy(clip["video"][0]).permute(0, 3, 1, 2)                         # (T, 3, H, W)
         out["video"] = normalize_video(crop_transform(inputs, "center")(frames).transpose(0, 1)[None])
@@ -419,7 +450,8 @@ def list_clips(name, folder=None, split="train"):
     if split == "all" and name not in ("folder", "esc50"):
         return _join(*(list_clips(name, folder, part) for part in ("train", "test")))
     listing = {"toy": _list_toy, "vggsound": _list_vggsound, "esc50": _list_esc50, "speechcommands": _list_speechcommands,
-               "fsd50k": _list_fsd50k, "folder": _list_folder}.get(name, _list_audioset)(name, folder, split)
+               "fsd50k": _list_fsd50k, "kinetics400": _list_kinetics400, "ssv2": _list_ssv2,
+               "folder": _list_folder}.get(name, _list_audioset)(name, folder, split)
     if len(listing) == 0:
         raise UserError(f"--data {name}: none of the {listing.missing:,} listed clips lies under {folder}" if listing.missing else
                         f"--data {name}: no clip in {folder} for the {split} split")
@@ -451,11 +483,16 @@ def _stems(folder):
     return {os.path.splitext(f)[0]: f for f in _scan(folder)}
 
 
-def _by_id(folder):
+def _by_name(files):
+    """The file's name without its ending -> file, whatever folder it lies in."""
+    return {os.path.splitext(os.path.basename(f))[0]: f for f in files}
+
+
+def _by_id(files):
     """YouTube id -> file, for <id>.flac, <id>_40.000.mp4, <id>_<start>_<end>.mp4 and Y<id>.wav. An id has 11 characters, and
     may itself begin with Y or hold underscores: a name that can be read in two ways is entered under both."""
     index = {}
-    for file in _scan(folder):
+    for file in files:
         stem = os.path.splitext(os.path.basename(file))[0]
         if len(stem) >= 12 and stem[0] == "Y" and (len(stem) == 12 or stem[12] == "_"):
             index.setdefault(stem[1:12], file)
@@ -464,17 +501,26 @@ def _by_id(folder):
     return index
 
 
-def _rows(path):
-    """Rows of a csv, without the comments and the empty ones."""
+def _by_name_or_id(files, stems):
+    """For each of the names <id>_<start>..., without an ending: the file of just this name, else that of its id, else None."""
+    exact, index = _by_name(files), _by_id(files)
+    return [exact.get(stem) or index.get(stem[:11]) for stem in stems]
+
+
+WHOLE = {"delimiter": "\x1f", "quoting": csv.QUOTE_NONE}                # form of _rows: each line is one field, whatever is in it
+
+
+def _rows(path, **form):
+    """Rows of a csv (form: of csv.reader), without the comments and the empty ones."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; put the data set's list there")
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = [row for row in csv.reader(f, skipinitialspace=True) if row and not row[0].startswith("#")]
+            rows = [row for row in csv.reader(f, skipinitialspace=True, **form) if row and not row[0].startswith("#")]
     except (UnicodeDecodeError, csv.Error, OSError) as e:
         raise UserError(f"{path}: cannot be read as a csv in UTF-8 ({e})") from None
     if not rows:
-        raise UserError(f"{path}: the csv is empty")
+        raise UserError(f"{path}: the list is empty")
     return rows
 
 
@@ -499,7 +545,7 @@ def _list_audioset(name, folder, split):
         raise UserError(f"{folder}: a row of the csv files is not of AudioSet's form (id, start, end, \"mid,mid\")") from None
     except KeyError as e:
         raise UserError(f"{folder}: unknown class {e} in the segments csv; class_labels_indices.csv does not list it") from None
-    index = _by_id(folder)
+    index = _by_id(_scan(folder))
     rows, listed = [(index[i], c) for i, c in rows if i in index], len(rows)
     return make_listing(name, folder, [f for f, _ in rows], [c for _, c in rows], classes, True, listed - len(rows), seconds=10.0)
 
@@ -520,10 +566,119 @@ def _list_vggsound(name, folder, split):
         rows = [(os.path.splitext(row[0])[0], row[1]) for row in both[split]]
     classes = sorted(names)
     number = {c: i for i, c in enumerate(classes)}
-    index, exact = _by_id(folder), {os.path.splitext(os.path.basename(f))[0]: f for f in _scan(folder)}
-    found = [(exact.get(stem) or index.get(stem[:11]), number[label]) for stem, label in rows]
-    found = [(f, c) for f, c in found if f]
+    found = zip(_by_name_or_id(_scan(folder), [stem for stem, _ in rows]), rows)
+    found = [(f, number[label]) for f, (_, label) in found if f]
     return make_listing(name, folder, [f for f, _ in found], [[c] for _, c in found], classes, False, len(rows) - len(found), seconds=10.0)
+
+
+def _list_kinetics400(name, folder, split):
+    """train, and as test the validation clips: by lists of either form, or without any by class folders below train/ and val/."""
+    parts, places = {"train": ["train"], "test": ["val", "validate", "validation"]}, (folder, folder / "annotations")
+    lists = {s: [p for place in places for stem in stems for p in (place / f"{stem}.csv", place / f"{stem}.txt") if p.is_file()]
+             for s, stems in parts.items()}
+    if not any(lists.values()):
+        return _list_class_folders(name, folder, split, [*parts["test"], "test"])
+    if not lists[split]:
+        there = next(p[0] for p in lists.values() if p)
+        raise UserError(f"{there.parent / parts[split][0]}{there.suffix}: there is no such file; put the list of the "
+                        f"{'training' if split == 'train' else 'validation'} clips beside {there.name}")
+    rows = {s: _kinetics_rows(p[0]) for s, p in lists.items() if p}
+    labels = {label for _, part in rows.values() for _, label in part}
+    classes, named = sorted(labels), next((p for place in places if (p := place / "classes.txt").is_file()), None)
+    if all(map(str.isdecimal, labels)):                                 # whole numbers, from 0: of the lines of classes.txt, if it is there
+        labels = {label: int(label) for label in labels}
+        classes = [row[0].strip() for row in _rows(named, **WHOLE)] if named else sorted(set(labels.values()))
+        if named and max(labels.values()) >= len(classes):
+            raise UserError(f"{named}: has {len(classes):,} names, but the lists hold the label {max(labels.values())}; give one name a "
+                            "line, the first for the label 0")
+        number = labels if named else {label: classes.index(i) for label, i in labels.items()}
+    elif any(map(str.isdecimal, labels)):
+        raise UserError(f"{lists[split][0]}: some labels are whole numbers and others are not; give all of both lists in the same form")
+    else:
+        number = {label: i for i, label in enumerate(classes)}
+    official, listed = rows[split]
+    paths = [f if official else os.path.normpath(f) for f, _ in listed]
+    files = _scan(folder) if official or not all(map(os.path.isabs, paths)) else []
+    if official:
+        found = _by_name_or_id(files, paths)
+    else:
+        files = set(files)
+        found = [(os.path.isfile(f) if os.path.isabs(f) else f in files) and f for f in paths]
+    found = [(f, number[label]) for f, (_, label) in zip(found, listed) if f]
+    return make_listing(name, folder, [f for f, _ in found], [[c] for _, c in found], map(str, classes), False, len(listed) - len(found),
+                        seconds=10.0)
+
+
+def _kinetics_rows(path):
+    """A list of Kinetics: (is it the official csv, [(<id>_<start>_<end>, or a path, and the label)])."""
+    rows, columns = [row[0] for row in _rows(path, **WHOLE)], ("label", "youtube_id", "time_start", "time_end")
+    if set(columns) & set(next(csv.reader(rows[:1], skipinitialspace=True))):
+        rows = _columns(path, *columns)
+        if not rows:
+            raise UserError(f"{path}: the csv holds nothing but its header; take the data set's own csv")
+        try:
+            return True, [(f"{clip}_{round(float(start)):06d}_{round(float(end)):06d}", label) for label, clip, start, end in rows]
+        except (ValueError, OverflowError):
+            raise UserError(f"{path}: a time is not a number of seconds; take the data set's own csv") from None
+    rows = [[part.strip('"') for part in row.rsplit(None, 1)] for row in rows]              # quotes: pandas puts them around spaces
+    if any(len(row) != 2 or os.path.splitext(row[1])[1].lower() in MEDIA for row in rows):
+        raise UserError(f"{path}: neither begins with a header that names {', '.join(columns)}, nor is each row a path and a label with a "
+                        "space between them; give a list of one of the two forms")
+    return False, rows
+
+
+def _list_class_folders(name, folder, split, tests):
+    """Kinetics without lists: <split>/<class>/<file>, the first of the folders `tests` that is there beside train/."""
+    test = next((part for part in tests if (folder / part).is_dir()), None)
+    rows = [(f, *Path(f).parts[:2], len(Path(f).parts)) for f in _scan(folder)]
+    rows = [row for row in rows if row[1] in ("train", test)]
+    classes = sorted({row[2] for row in rows if row[3] > 2})
+    if not classes:
+        raise UserError(f"{folder}: has neither lists (train.csv and val.csv, here or in annotations/) nor class folders below train/ and "
+                        "val/; put the one or the other there")
+    rows = [row for row in rows if (row[1] == "train") == (split == "train")]
+    found = [(f, classes.index(c)) for f, _, c, depth in rows if depth > 2]
+    if len(found) < len(rows):
+        print(f"{folder / rows[0][1]}: {len(rows) - len(found):,} files beside the class folders have no label and are left out")
+    return make_listing(name, folder, [f for f, _ in found], [[c] for _, c in found], classes, False, seconds=10.0)
+
+
+def _list_ssv2(name, folder, split):
+    """A clip's template without its brackets is its class. test: the validation clips, since the test list has no labels."""
+    (labels_json, labels), (path, rows) = (_json(folder, part) for part in ("labels", {"train": "train", "test": "validation"}[split]))
+    try:
+        number = {template: int(i) for template, i in labels.items()}
+        if sorted(number.values()) != list(range(len(number))):
+            raise ValueError
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{labels_json}: does not give each template a number of its own, from 0 on; take the data set's own "
+                        "list") from None
+    try:
+        rows = [(str(row["id"]), row["template"].replace("[", "").replace("]", "")) for row in rows]
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path}: is not a list of entries with an id and a template; take the data set's own list") from None
+    unknown = next((template for _, template in rows if template not in number), None)
+    if unknown is not None:
+        raise UserError(f"{path}: unknown template {unknown!r}; {labels_json.name} does not list it")
+    files = _by_name(_scan(folder))
+    found = [(files[i], number[template]) for i, template in rows if i in files]
+    return make_listing(name, folder, [f for f, _ in found], [[c] for _, c in found], sorted(number, key=number.get), False,
+                        len(rows) - len(found))
+
+
+def _json(folder, part):
+    """(path, content) of a list of Something-Something v2, by its older or its newer name, in the folder or in labels/."""
+    paths = [place / f"{stem}{part}.json" for place in (folder, folder / "labels") for stem in ("something-something-v2-", "")]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{paths[0]}: there is no such file; put the data set's list there, or as {part}.json into labels/")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: cannot be read as json ({e}); take the data set's own list") from None
+    if not content:
+        raise UserError(f"{path}: the list is empty; take the data set's own list")
+    return path, content
 
 
 def _list_esc50(name, folder, split):
@@ -930,7 +1085,7 @@ def mel_stats(listing, inputs, workers, most):
     """(means, stds), each (F,) float64, of the mel's bins over the middle of at most `most` clips, drawn with seed 0; clips without
     sound are left out."""
     some = np.random.default_rng(0).permutation(len(listing))[:most]
-    plain = replace(inputs, mel_mean=0.0, mel_std=1.0, columns=None)
+    plain = replace(inputs, mel_mean=0.0, mel_std=1.0, columns=inputs.columns if inputs.interpolate else None)
     loader = eval_loader(listing.subset(np.sort(some)), plain, functools.partial(_middle_sound, plain), 1, workers)
     total, square, count, troubles = 0.0, 0.0, 0, Troubles(len(some))
     for batch in tqdm(loader, desc="stats", unit="clip"):

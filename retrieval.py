@@ -185,7 +185,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
     add = parser.add_argument
     add("--ckpt", required=True, help="folder of a run, or its latest.pt")
-    add("--data", help="toy, audioset, vggsound or folder")
+    add("--data", help="toy, audioset, vggsound, kinetics400 or folder")
     add("--data-dir", help="folder with the clips and the csv files")
     add("--clips", default="5", help="all, a number of clips for each class, or a file with ids")
     add("--views", type=int, default=4, help="random views of a clip that are averaged")
@@ -224,6 +224,8 @@ def main(argv=None):
         return
     if args.data in data.SOUNDS:
         raise UserError(f"--data {args.data} has no pictures; retrieval needs both")
+    if args.data in data.SILENT:
+        raise UserError(f"--data {args.data} has no sound; retrieval needs both")
     listing = data.list_clips(args.data, args.data_dir, "test")
     if listing.labels is None:
         print(f"{args.data_dir} has no sub-folders and so no held-out part: pre-training saw these clips")

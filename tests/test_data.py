@@ -722,7 +722,7 @@ def test_audioset_is_listed_by_its_csv_whatever_the_files_are_called(tmp_path, n
     ("__________", None), ("abcdefghijkl", None), ("Yabcdefghijkl", None)])
 def test_a_youtube_id_is_read_from_each_form_of_a_name(tmp_path, stem, found):
     touch(tmp_path, f"x/{stem}.mp4")
-    index = data._by_id(tmp_path)
+    index = data._by_id(data._scan(tmp_path))
     assert index.get(found) == (f"x/{stem}.mp4" if found else None) and (found or not index)
 
 

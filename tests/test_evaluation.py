@@ -311,7 +311,7 @@ def test_clips_as_long_as_the_sound_are_tested_in_several_views_of_the_shorter_p
     listing = data.make_listing("audioset", "", ["a.mp4"], [[0]], ["a"], seconds=10.0)
 
     def choose(**other):
-        args = argparse.Namespace(**dict(modality=modality, seconds=None, views=None, probe="linear", data="audioset") | other)
+        args = argparse.Namespace(**dict(modality=modality, seconds=None, views=None, crops=None, probe="linear", data="audioset") | other)
         return probe.choose_views(args, encoder, listing), args
 
     inputs, args = choose()

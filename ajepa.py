@@ -89,6 +89,8 @@ def get_args(argv=None):
         raise UserError("--tf-removes has no effect without --masking curriculum")
     if args.block_aspect and recipe["masking"] in ("random", "time", "freq"):
         raise UserError(f"--block-aspect has no effect on --masking {recipe['masking']}, which has no blocks")
+    if args.data in data.SILENT:
+        raise UserError(f"--data {args.data} has no sound; mjepa.py --terms separate-video trains on pictures alone")
     recipe.update(aspect_of=args.block_aspect or "grid", tf_removes=args.tf_removes or "both")
     return args, recipe
 
@@ -263,6 +265,27 @@ class AJEPA(nn.Module):
         self.running_mean.lerp_(y.mean((0, 1)), max(0.01, 1 / (step + 1)))
         nothing = prediction_loss(self.running_mean.expand_as(y), y, self.loss)
         return prediction_loss(prediction.float(), y, self.loss), {"know_nothing": nothing, "z": z.mean(1)}
+
+
+def restore(content):
+    """The model of a checkpoint (of common.load_checkpoint), with its weights."""
+    recipe = content["recipe"]
+    model = AJEPA(content["encoder"], recipe["pred_dim"], recipe["pred_depth"], recipe["loss"])
+    common.load_weights(model, content["model"], f"the checkpoint of {METHOD}")
+    return model
+
+
+@torch.no_grad()
+def imagine(model, recipe, clips, seed, step):
+    """What the pixel probe decodes. clips: {"audio": (B, 1, F, T)}, normalised -> tokens (B, N, D), the context encoder's where a patch is
+    visible and the predictor's where it is hidden, and which are hidden, (B, N) bool. The masks of draw_masks(seed, step); hidden is all
+    that the context lacks, with the curriculum (at its end) more than the targets."""
+    mel, grid = clips["audio"], model.context_encoder.audio.grid
+    context = draw_masks(seed, step, 0, len(mel), grid, recipe, progress=1.0)[0]            # (B, C)
+    lacks = torch.ones(len(mel), math.prod(grid), dtype=torch.bool).scatter(1, context, False)
+    context, target = context.to(mel.device), lacks.nonzero()[:, 1].view(len(mel), -1).to(mel.device)
+    h = model.context_encoder(audio=mel, visible=context)                                   # (B, C, D)
+    return common.assemble(h, context, model.predictor(h, context, target), target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ class UserError(Exception):
 # 1. The encoder
 # ---------------------------------------------------------------------------------------------------------------------
 
-SIZES = {  # name: (dim, depth, heads, mlp)
-    "toy": (128, 4, 4, 512), "tiny": (192, 12, 3, 768), "small": (384, 12, 6, 1536), "base": (768, 12, 12, 3072),
+SIZES = {  # name: (dim, depth, heads, mlp); nano and toy are our own, for a laptop
+    "nano": (64, 4, 2, 256), "toy": (128, 4, 4, 512), "tiny": (192, 12, 3, 768), "small": (384, 12, 6, 1536), "base": (768, 12, 12, 3072),
     "large": (1024, 24, 16, 4096), "huge": (1280, 32, 16, 5120), "giant": (1408, 40, 22, 6144)}
 
 
@@ -230,6 +230,13 @@ def mlp(dim, widths, norm=True):
 def gather(x, index):
     """(B, N, D), (B, K) -> (B, K, D)"""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def assemble(h, context, prediction, target):
+    """Tokens in the order of their grid, h (B, C, D) at context (B, C) and prediction (B, M, D) at target (B, M), which together are all of
+    them -> (B, C + M, D), and which are of target, (B, C + M) bool."""
+    order = torch.cat([context, target], 1).argsort(1)                                      # where each token of the grid stands
+    return gather(torch.cat([h.float(), prediction.float()], 1), order), order >= context.shape[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,7 +565,9 @@ def load_checkpoint(path, method=None, device="cpu"):
 
 
 def load_weights(module, weights, path):
-    """load_state_dict, with a sentence where the names or the shapes are others."""
+    """load_state_dict, with a sentence where the names or the shapes are others. weights None: it stays as it was initialised."""
+    if weights is None:
+        return
     if weights.keys() != module.state_dict().keys():
         raise UserError(f"{path}: its weights have other names than the model that was asked for: another --size or recipe, or another "
                         "version of the code (the checkpoint's 'version' names its commit)")
@@ -760,8 +769,8 @@ def read_recipe(args, method, table, flags):
 def common_flags(parser, method):
     """The flags that all four scripts share, with the same meaning."""
     add = parser.add_argument
-    add("--data", default="toy", help="toy, audioset, audioset-20k, audioset-full, vggsound, folder; sound alone: esc50, speechcommands, "
-        "fsd50k")
+    add("--data", default="toy", help="toy, audioset, audioset-20k, audioset-full, vggsound, kinetics400, folder; sound alone: esc50, "
+        "speechcommands, fsd50k; pictures alone: ssv2")
     add("--data-dir", help="folder with the clips and the csv files (toy: where to write them)")
     add("--out", help=f"folder of the run (default: runs/{method}-DATA-seedSEED)")
     add("--recipe", choices=("toy", "paper"), help="values of the table at the top (default: toy for --data toy, else paper)")

@@ -104,6 +104,8 @@ def get_args(argv=None):
         raise UserError(f"--init {args.init} lies in --out {args.out}, where it would be written over; give another --out")
     if args.data in data.SOUNDS and args.terms != "separate-audio":
         raise UserError(f"--data {args.data} has no pictures; give --terms separate-audio, or use ajepa.py")
+    if args.data in data.SILENT and args.terms != "separate-video":
+        raise UserError(f"--data {args.data} has no sound; give --terms separate-video")
     return args, recipe
 
 
@@ -288,6 +290,29 @@ class MJEPA(nn.Module):
             nothing[term] = sum(prediction_loss(mean, t, share) for _, t in pairs) / len(pairs)
         embedding = {kind: h[kind][0][..., -dim:].detach().float().mean(1) for kind in self.kinds}              # (B, D)
         return sum(losses.values()), {"losses": losses, "nothing": nothing, "embedding": embedding}
+
+
+def restore(content):
+    """The model of a checkpoint (of common.load_checkpoint), with its weights."""
+    recipe = content["recipe"]
+    model = MJEPA(content["encoder"], TERMS[recipe["terms"]], recipe["pred_dim"], recipe["pred_depth"])
+    common.load_weights(model, content["model"], f"the checkpoint of {METHOD}")
+    return model
+
+
+@torch.no_grad()
+def imagine(model, recipe, clips, seed, step):
+    """What the pixel probe decodes. clips: {"video": (B, 3, T, H, W), "audio": (B, 1, F, T)}, normalised, or one of them -> tokens
+    (B, N, L D), all levels side by side, the context encoder's where a patch is visible and the predictor's where it is hidden, and
+    which are hidden, (B, N) bool; video's first. The masks of draw_masks(seed, step), of mask set number step % sets."""
+    kind, x = next(kind for kind in INTRA if set(MODALITIES[kind]) == set(clips)), next(iter(clips.values()))
+    if kind not in model.terms:
+        raise UserError(f"--modality: this run's --terms {recipe['terms']} has no term {kind}, so its predictor knows nothing of such an "
+                        "input; give another --modality")
+    sets = draw_masks(seed, step, 0, len(x), model.grids, recipe, (kind,))[kind]
+    context, target = (indices.to(x.device) for indices in sets[step % len(sets)])          # (B, C), (B, M)
+    h = model.context_encoder(**clips, visible=context, layers=model.layers)                # (B, C, L D)
+    return common.assemble(h, context, model.predictor(h, context, target, MODALITIES[kind]), target)
 
 
 def norm_levels(x, dim):

@@ -8,14 +8,18 @@
     python probe.py --ckpt RUN --data speechcommands --data-dir speech_commands/ --layers 3 7 11
     python probe.py --ckpt RUN --data fsd50k --data-dir FSD50K/ --probe finetune --regularised-masking 0.1
     python probe.py --ckpt RUN --data folder --data-dir clips/ --save-features clips.npz --patch-level
+    python probe.py --ckpt runs/mjepa-toy-seed0 --data toy --probe pixels            # what it imagines where it sees nothing, as a picture
 
 Learning rates are tried on the set's official validation clips, or where it has none on a tenth of the training clips, never on the
 test; the head that is best there is tested. Each result is a row in RUN/probe.jsonl.
 
 --save-features writes an npz with files (N,), clip (N, D) float32, seconds (length of a view), with --patch-level also patch
 (N, views, tokens, D) float16, and where there are labels also labels, (N,) indices or (N, C) zeros and ones, and classes (C,).
+
+--probe pixels trains a decoder from what the encoder says of the visible patches, and the predictor of the hidden ones, to the patches
+themselves: RUN/pixels.png, and the squared error beside that of the mean image and of a copy of the nearest visible patch.
 """
-import argparse, contextlib, copy, functools, json, math, os, time
+import argparse, collections, contextlib, copy, functools, importlib, json, math, os, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,14 +34,17 @@ from tqdm import tqdm
 
 FROZEN_LRS = (1e-3, 1e-2, 1e-1, 1.0)                    # authors' code: 1e-3; each is tried on held-out clips of train
 BLOCKS_LRS = (1e-4, 3e-4, 1e-3, 3e-3)                   # unspecified: of a head with blocks, which larger ones tear apart
-ATTENTIVE = {"avjepa_lejepa": "attentive", "ajepa": "attentive", "mjepa": "blocks"}     # --probe attentive: the head of the method
+# --probe attentive: the head of the method
+ATTENTIVE = {"avjepa_lejepa": "attentive", "ajepa": "attentive", "mjepa": "blocks", "avjepa_ncsu": "attentive"}
 # Fine-tuning by method: AV-JEPA, authors' code and 13 epochs (seed); A-JEPA, the two rates (seed, section 8).
 FINETUNE = {
     "avjepa_lejepa": dict(lr=[2e-4], encoder_lr=1e-5, smoothing=0.1, epochs=13, views=6),
     "ajepa":         dict(lr=[1e-3], encoder_lr=1e-5, smoothing=0.0, epochs=30, views=1)}      # unspecified: epochs, views, weight decay
-FINETUNE["mjepa"] = FINETUNE["ajepa"]                   # unspecified: all of it, the paper's probes are frozen
+FINETUNE["mjepa"] = FINETUNE["avjepa_ncsu"] = FINETUNE["ajepa"]         # unspecified: all of it, these papers' probes are frozen
+TESTS = {"kinetics400": (8, 3), "ssv2": (2, 3)}         # views and crops of a test clip, by the paper of V-JEPA
 LONGEST = {"fsd50k": 30.0}                              # seconds: the test views of a set of very unequal clips cover its longest
 MODALITIES = {"audio": ("audio",), "video": ("video",), "av": ("video", "audio")}
+IMAGINE = ("ajepa", "mjepa", "avjepa_ncsu")             # methods with a predictor of hidden patches, for --probe pixels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,21 +129,21 @@ def pick(batch, modality):
 
 
 @torch.no_grad()
-def extract(encoders, listing, inputs, modalities, views, process, workers=1, tokens=False, batch=32, label="features"):
-    """Decode each clip once, embed its `views` evenly spread views with each encoder and modality.
+def extract(encoders, listing, inputs, modalities, views, process, workers=1, tokens=False, batch=32, label="features", crops=1):
+    """Decode each clip once, embed its `views` evenly spread views, each with so many `crops`, with each encoder and modality.
 
-    Returns ({(encoder name, modality): (N, views, D), with `tokens` (N, views, number, D)}, index (N,)). Clips that do not decode
-    are left out and named on the screen."""
+    Returns ({(encoder name, modality): (N, views x crops, D), with `tokens` (N, views x crops, number, D)}, index (N,)). Clips that do
+    not decode are left out and named on the screen."""
     out, index, troubles = {(e, m): [] for e in encoders for m in modalities}, [], data.Troubles(len(listing))
     needed = {key for m in modalities for key in MODALITIES[m]}
-    plan = functools.partial(data.even_views, views, inputs, video="video" in needed, audio="audio" in needed)
-    for b in data.eval_batches(listing, inputs, plan, max(1, batch // views), workers, troubles, label):
+    plan = functools.partial(data.even_views, views, inputs, video="video" in needed, audio="audio" in needed, crops=crops)
+    for b in data.eval_batches(listing, inputs, plan, max(1, batch // (views * crops)), workers, troubles, label):
         index.append(b["index"])
         b = data.to_device(b, process.device)
         for (e, m), parts in out.items():
             with process.autocast():
                 x = encoders[e](**pick(b, m))[0 if tokens else 1]
-            parts.append(x.unflatten(0, (-1, views)).to(torch.bfloat16 if tokens else torch.float32).cpu())
+            parts.append(x.unflatten(0, (-1, views * crops)).to(torch.bfloat16 if tokens else torch.float32).cpu())
     return {k: torch.cat(v) for k, v in out.items()}, torch.cat(index)
 
 
@@ -337,13 +344,14 @@ def probe_online(kind, encoder, train, test, inputs, process, workers, args, fro
         optimizer.step()
 
     def scores_of(listing, label):
-        plan = functools.partial(data.even_views, args.views, inputs, video=modality != "audio", audio=modality != "video")
+        video, audio, views = modality != "audio", modality != "video", args.views * args.crops
+        plan = functools.partial(data.even_views, args.views, inputs, video=video, audio=audio, crops=args.crops)
         out, index = [], []
-        for batch in data.eval_batches(listing, inputs, plan, max(1, 32 // args.views), workers, data.Troubles(len(listing)), label):
+        for batch in data.eval_batches(listing, inputs, plan, max(1, 32 // views), workers, data.Troubles(len(listing)), label):
             index.append(batch["index"])
             with torch.no_grad(), process.autocast():
                 scores = torch.stack(model.eval()(data.to_device(batch, process.device)))
-            out.append(average(scores.float().unflatten(1, (-1, args.views)), listing.multilabel).cpu())        # (heads, B, C)
+            out.append(average(scores.float().unflatten(1, (-1, views)), listing.multilabel).cpu())        # (heads, B, C)
         return torch.cat(out, 1), torch.cat(index)
 
     best, held_out = 0, None
@@ -433,6 +441,219 @@ def save_features(args, encoder, listing, inputs, process, workers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What the model imagines, in pixels
+# ---------------------------------------------------------------------------------------------------------------------
+
+def patchify(x, patch):
+    """(B, C, *shape) -> (B, N, C prod(patch)): patches in the order of the encoder's tokens, the pixels of each in the order of its
+    convolution's weights; what is left over at the end is cut off."""
+    for axis, side in enumerate(patch):
+        x = x.unfold(2 + axis, side, side)                                          # in the end (B, C, *grid, *patch)
+    return x.movedim(1, 1 + len(patch)).flatten(1, len(patch)).flatten(2)
+
+
+def unpatchify(x, grid, patch):
+    """The inverse: (B, N, C prod(patch)) -> (B, C, *shape), without what was cut off."""
+    x = x.unflatten(1, grid).unflatten(-1, (-1, *patch)).movedim(1 + len(grid), 1)  # (B, C, *grid, *patch)
+    for axis in range(2, 2 + len(grid)):                                            # each side of a patch behind the axis that it cuts
+        x = x.movedim(2 + len(grid), axis + 1).flatten(axis, axis + 1)
+    return x
+
+
+class PixelDecoder(nn.Module):
+    """Tokens to pixels by linear projection, multi-head attention and query pooling, as in AVJEPA (Ge and Zhu; 5.6.3). (tokens (B, N, D),
+    which are predicted (B, N) bool) -> {modality: (B, N of it, pixels of a patch)}. patches: {modality: Patches}, as the tokens stand."""
+    def __init__(self, dim, patches, width):
+        super().__init__()
+        # unspecified: all but those three words. Here one layer, heads of 64 dimensions, pre-norm; a token says whether it was predicted;
+        # one query for each patch, its place
+        heads, self.sizes = max(1, width // 64), [p.num for p in patches.values()]
+        self.norm, self.project, self.state = nn.LayerNorm(dim), nn.Linear(dim, width), nn.Parameter(torch.randn(2, width) * 0.02)
+        self.positions = nn.ModuleDict({m: common.Positions(p.grid, width, "sincos") for m, p in patches.items()})
+        self.modality = nn.ParameterDict({m: torch.randn(width) * 0.02 for m in patches})
+        self.norm1, self.attend = nn.LayerNorm(width), nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm2, self.pool = nn.LayerNorm(width), nn.MultiheadAttention(width, heads, batch_first=True)
+        self.query = nn.Linear(width, width)
+        self.pixels = nn.ModuleDict({m: nn.Linear(width, p.proj.in_channels * math.prod(p.patch)) for m, p in patches.items()})
+
+    def forward(self, tokens, hidden):
+        place = torch.cat([self.positions[m]() + self.modality[m] for m in self.pixels])                # (N, W)
+        x = self.project(self.norm(tokens)) + self.state[hidden.long()] + place                         # (B, N, W)
+        y = self.norm1(x)
+        x = self.norm2(x + self.attend(y, y, y, need_weights=False)[0])
+        x = self.pool(self.query(place).expand(len(x), -1, -1), x, x, need_weights=False)[0]            # (B, N, W)
+        return {m: self.pixels[m](part) for m, part in zip(self.pixels, x.split(self.sizes, 1))}
+
+
+def nearest_visible(x, hidden, grid):
+    """Patches x (B, N, P) of a grid, each replaced by the visible one that is nearest, by the distance in patches; of several the first.
+    hidden (B, N) bool."""
+    place = torch.tensor(list(np.ndindex(*grid)), device=x.device)                                      # (N, axes)
+    distance = (place[:, None] - place).square().sum(2).float()                                         # (N, N)
+    return torch.stack([one[distance.masked_fill(h, math.inf).argmin(1)] for one, h in zip(x, hidden)])
+
+
+def random_view(rng, duration, inputs, keys):
+    """A view at a random place, with the test's centre crop."""
+    return data.place_views([rng.uniform()], inputs, duration, "video" in keys, "audio" in keys)
+
+
+def need(count, split):
+    absent = [m for m, number in count.items() if not number]
+    if absent:
+        raise UserError(f"no {split} clip has {' or '.join(absent)}; give another --modality")
+
+
+def train_decoder(decode, parameters, batches, steps, lr, troubles):
+    """Train on the squared error of all patches, visible and hidden alike. decode: of probe_pixels. Returns the mean image of the clips,
+    {modality: (N, P)}."""
+    # unspecified: loss and schedule; AdamW without weight decay, cosine to 0, the mean over the modalities
+    optimizer, total, count = torch.optim.AdamW(parameters, weight_decay=0.0), collections.Counter(), collections.Counter()
+    for step, batch in enumerate(tqdm(batches, desc="pixels", unit="step", total=steps)):
+        troubles.add(batch)
+        losses = []
+        for m, (made, true, _, has) in decode(batch, step).items():
+            total[m], count[m] = total[m] + true[has].sum(0).cpu().double(), count[m] + int(has.sum())  # on the CPU: MPS has no float64
+            losses.append(((made - true).square().mean((1, 2)) * has).sum() / has.sum().clamp_min(1))
+        loss = sum(losses) / len(losses)
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss is not finite at step {step}; lower --lr")
+        optimizer.param_groups[0]["lr"] = common.cosine(step, steps, lr, 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    need(count, "training")
+    return {m: (total[m] / count[m]).float() for m in total}
+
+
+@torch.no_grad()
+def pixel_errors(decode, batches, mean, grids, step):
+    """Mean squared errors {"hidden" or "visible": {modality: {"decoder", "mean", "nearest": value}}}, {modality: number of clips that have
+    it}, and the indices of those that have all. The masks are those of `step` and the following."""
+    sums, count, whole = collections.defaultdict(lambda: np.zeros(2)), collections.Counter(), []
+    for b, batch in enumerate(batches):
+        whole += batch["index"][torch.stack([batch[f"has_{m}"] for m in grids]).all(0)].tolist()
+        for m, (made, true, hidden, has) in decode(batch, step + b).items():
+            count[m] += int(has.sum())
+            for name, guess in {"decoder": made, "mean": mean[m].to(true), "nearest": nearest_visible(true, hidden, grids[m])}.items():
+                error = (guess - true).square().mean(2)                                                 # (B, N)
+                for part, where in (("hidden", hidden & has[:, None]), ("visible", ~hidden & has[:, None])):
+                    sums[part, m, name] += error[where].sum().item(), int(where.sum())
+    need(count, "test")
+    return {part: {m: {name: float(sums[part, m, name][0] / max(1, sums[part, m, name][1])) for name in names} for m in grids}
+            for part, names in (("hidden", ("decoder", "mean", "nearest")), ("visible", ("decoder", "mean")))}, count, whole
+
+
+def draw_pixels(clips, inputs, patches, title):
+    """A figure: of each of the clips, (path, what decode returns of it), what is given, what is decoded, and the truth, in frames over time
+    (at most 8) and as a spectrogram. What is hidden is striped."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    width = {m: 8.4 if m == "video" else 5.6 for m in patches}
+    fig = plt.figure(figsize=(0.7 + sum(width.values()), 0.5 + 0.2 * title.count("\n") + 3.7 * len(clips)), layout="constrained")
+    fig.suptitle(title, fontsize=11)
+    for block, (path, clip) in zip(np.atleast_1d(fig.subfigures(len(clips), 1)), clips):
+        block.suptitle(path, fontsize=9)
+        axes = block.subplots(3, len(patches), squeeze=False, width_ratios=[*width.values()])
+        for column, (m, (made, true, hidden, _)) in zip(axes.T, clip.items()):
+            made, true, hidden = (unpatchify(x.float().cpu(), patches[m].grid, patches[m].patch)[0].movedim(0, -1).numpy()
+                                  for x in (made, true, hidden[..., None].expand_as(true)))             # (*shape, C)
+            (*_, H, W, _), scale = true.shape, plt.Normalize(*np.percentile(true, (1, 99)))
+            stripes = np.where(np.add.outer(np.arange(H), np.arange(W)) // max(1, H // 16) % 2, 0.55, 0.85)[..., None]
+            for ax, name, x in zip(column, ("given", "decoded", "truth"), (true, made, true)):
+                x = x * data.IMAGENET_STD + data.IMAGENET_MEAN if m == "video" else plt.cm.magma(scale(x[..., 0]))[..., :3]
+                x = np.where((hidden[..., :1] > 0) & (name == "given"), stripes, x.clip(0, 1))          # ([T,] H, W, 3)
+                if m == "video":
+                    some, gap = np.unique(np.linspace(0, len(x) - 1, 8).round().astype(int)), max(1, W // 16)
+                    ax.imshow(np.concatenate(np.pad(x[some], ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=1), 1))
+                    times = (some + 0.5) * (inputs.video_seconds or inputs.seconds) / inputs.frames
+                    ax.set_xticks(np.arange(len(some)) * (W + gap) + W / 2, [f"{t:.2f}" for t in times])
+                    ax.set(yticks=[], frame_on=False)
+                else:
+                    second = inputs.mel_frames / inputs.seconds if inputs.interpolate else inputs.sample_rate / inputs.hop
+                    ax.imshow(x, origin="lower", aspect="auto", interpolation="nearest", extent=(0, W / second, 0, H))
+                ax.set_ylabel("\n".join([name] * (ax in axes[:, 0]) + ["mel bin"] * (m == "audio")), fontsize=8)
+                ax.tick_params(labelsize=8, labelbottom=name == "truth")
+            column[-1].set_xlabel(f"seconds of the {'pictures' if m == 'video' else 'sound'}", fontsize=8)
+    return fig
+
+
+def probe_pixels(args, process, workers):
+    """--probe pixels: train the decoder on what the frozen encoder and predictor make of masked clips, test it on held-out ones beside two
+    baselines, draw four of them."""
+    began, content = time.time(), common.load_checkpoint(args.ckpt)
+    if content["method"] not in IMAGINE:
+        raise UserError(f"{args.ckpt}: {content['method']} has no predictor of hidden patches; --probe pixels takes a checkpoint of "
+                        f"{', '.join(IMAGINE)}")
+    method = importlib.import_module(content["method"])                             # here, since the scripts import this file
+    common.seed_step(content["args"]["seed"], 0)
+    model = method.restore({**content, "model": None if args.baseline else content["model"]}).to(process.device)
+    vit = model.eval().requires_grad_(False).context_encoder
+    inputs, keys = choose_modality(args, vit, data.Inputs(**content["inputs"]), content["method"]), MODALITIES[args.modality]
+    patches = {m: getattr(vit, m) for m in keys}
+    train, test = (data.list_clips(args.data, args.data_dir, split) for split in ("train", "test"))
+    if train.fold is not None:                          # unspecified: of a set with folds the first one is the test
+        train, test = (train.subset(part) for part in rounds(train.fold)[0])
+    elif np.array_equal(train.files, test.files):
+        raise UserError(f"--data {args.data}: no clip is held out, all are for training; put them into two sub-folders, train and test")
+    print(f"{data.describe(train)} (train)\n{data.describe(test)} (test)")
+
+    # differs: the authors take one clip and two masks at a time; here 16 clips, for at least 1,000 steps
+    args.batch_size = args.batch_size or min(16, len(train))
+    per_epoch = max(1, len(train) // args.batch_size)
+    args.epochs, args.lr = args.epochs or math.ceil(1000 / per_epoch), args.lr or [1e-3]
+    steps = args.epochs * per_epoch
+    torch.manual_seed(args.seed)
+    decoder = PixelDecoder(model.predictor.head.out_features, patches, min(256, vit.dim)).to(process.device)
+
+    def decode(batch, step):
+        """{modality: (the decoder's patches, the true ones, both (B, N, P), which are hidden (B, N), which clips have it (B,))}"""
+        batch = data.to_device(batch, process.device)
+        with process.autocast():
+            tokens, hidden = method.imagine(model, content["recipe"], pick(batch, args.modality), args.seed, step)
+        made, parts = decoder(tokens.float(), hidden), hidden.split(decoder.sizes, 1)
+        return {m: (made[m], patchify(batch[m], p.patch), part, batch[f"has_{m}"].to(process.device))
+                for (m, p), part in zip(patches.items(), parts)}
+
+    clips = data.Clips(train, inputs, functools.partial(random_view, inputs=inputs, keys=keys), args.seed)
+    order, troubles = data.Batches(len(train), args.batch_size, args.seed, 0, steps), data.Troubles(len(train), 1.0)
+    loader = data.train_loader(clips, order, workers, process.device.type == "cuda")
+    mean = train_decoder(decode, decoder.parameters(), loader, steps, args.lr[0], troubles)
+    plan = functools.partial(data.even_views, 1, inputs, video="video" in keys, audio="audio" in keys)
+    read = functools.partial(data.eval_batches, inputs=inputs, plan=plan, workers=workers, troubles=troubles)
+    grids = {m: p.grid for m, p in patches.items()}
+    errors, count, whole = pixel_errors(decode, read(test, batch=args.batch_size, label="test"), mean, grids, steps)
+
+    columns = [(part, name) for part in errors for name in errors[part][keys[0]]]
+    print(" " * 10 + "".join(f"{f'{part}: {name}':>18s}" for part, name in columns))
+    for m in keys:
+        print(f"{m:10s}" + "".join(f"{errors[part][m][name]:18.4f}" for part, name in columns) + f"    (N = {count[m]:,})")
+    partial = f"-{args.modality}" if len(keys) < (vit.video is not None) + (vit.audio is not None) else ""
+    file = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent
+    file = file / f"pixels{partial}{'-untrained' if args.baseline else ''}.png"
+    some = sorted(np.random.default_rng(args.seed).permutation(whole)[:4].tolist())
+    if some:
+        with torch.no_grad():
+            batches = enumerate(read(test.subset(some), batch=1, label="picture"))
+            shown = [(os.fsdecode(bytes(test.files[some[n]])), decode(batch, n)) for n, batch in batches]
+        title = f"{content['method']}, {args.data}, " + ("untrained" if args.baseline else f"step {content['step']:,}")
+        for m, e in errors["hidden"].items():
+            title += f"\n{m}, squared error where hidden: decoder {e['decoder']:.3f}, mean image {e['mean']:.3f}, nearest visible patch " \
+                     f"{e['nearest']:.3f}"
+        try:
+            common.replace_file(file, lambda f: draw_pixels(shown, inputs, patches, title).savefig(f, format="png", dpi=100))
+        except OSError as e:
+            raise UserError(f"{file}: cannot be written ({e.strerror})") from None
+    row = {"data": args.data, "probe": args.probe, "modality": args.modality, "baseline": args.baseline, **errors, "N": count,
+           "left_out": len(test) - max(count.values()), "picture": file.name if some else None, "view_seconds": inputs.seconds,
+           "epochs": args.epochs, "batch_size": args.batch_size, "lrs": args.lr, "version": common.code_version(), "seed": args.seed,
+           "ckpt": str(args.ckpt), "step": content["step"], "seconds": round(time.time() - began, 1)}
+    print(f"{file if some else 'no picture, since no clip has all'} ({row['seconds']} s)")
+    common.add_row(args.ckpt, "probe.jsonl", row)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
@@ -440,7 +661,7 @@ def get_args(argv=None):
     add("--ckpt", required=True, help="folder of a run, or its latest.pt")
     add("--data", required=True, help=", ".join(data.NAMES))
     add("--data-dir", help="folder with the clips and the csv files")
-    add("--probe", choices=("linear", "attentive", "finetune"), default="linear")
+    add("--probe", choices=("linear", "attentive", "finetune", "pixels"), default="linear")
     add("--head", choices=tuple(HEADS), help="of --probe finetune and attentive; default: linear fine-tuned, else attentive (one query), "
         "for MJEPA blocks (four blocks before it)")
     add("--modality", choices=tuple(MODALITIES), help="default: all that the encoder takes and the set has")
@@ -449,15 +670,18 @@ def get_args(argv=None):
     add("--layers", type=int, nargs="+", help="blocks, from 0, whose outputs are put side by side; default: the last one's alone")
     add("--absent", choices=("zero", "drop"), help="if other than in training")
     add("--seconds", type=float, help="length of a view of sound; default: the encoder's, or the clips' where they are all shorter")
-    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps); fine-tuned 13 (AV-JEPA), 30 (others)")
-    add("--batch-size", type=int, help="default: 512 frozen (an eighth of a small set; 32 with blocks), 64 fine-tuned")
+    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps); fine-tuned 13 (AV-JEPA), 30 (others); pixels: as many "
+        "as make 1,000 steps")
+    add("--batch-size", type=int, help="default: 512 frozen (an eighth of a small set; 32 with blocks), 64 fine-tuned, 16 pixels")
     add("--lr", type=float, nargs="+", help="tried on held-out clips of train; default: 1e-3 1e-2 1e-1 1 frozen, 1e-4 3e-4 1e-3 3e-3 "
-        "with blocks; fine-tuned that of the head, 2e-4 (AV-JEPA), 1e-3 (others)")
+        "with blocks; fine-tuned that of the head, 2e-4 (AV-JEPA), 1e-3 (others); pixels 1e-3")
     add("--encoder-lr", type=float, help="of the encoder in fine-tuning; default: 1e-5")
     add("--regularised-masking", type=float, default=0.0, metavar="SHARE",
         help="fine-tuning: share of the tokens that may not attend with their own score (the paper of A-JEPA: 0.1)")
-    add("--views", type=int, help="test views that are averaged; default: 4 frozen; fine-tuned 6 (AV-JEPA), 1 (others); fsd50k: as many "
-        "as cover 30 s; 1 where a view holds each whole clip")
+    add("--views", type=int, help="test views that are averaged; default: 4 frozen; fine-tuned 6 (AV-JEPA), 1 (others); kinetics400: 8; "
+        "ssv2: 2; fsd50k: as many as cover 30 s; 1 where a view holds each whole clip")
+    add("--crops", type=int, choices=tuple(data.CROPS), help="crops of each test view: the centre, or also both ends of the longer side; "
+        "default: 3 for the pictures of kinetics400 and ssv2, else 1")
     add("--save-features", metavar="OUT.npz", help="instead of a probe: write the features of the clips")
     add("--split", choices=("train", "test", "all"), help="of --save-features; default: all")
     add("--patch-level", action="store_true", help="of --save-features: the tokens too; all must fit into memory")
@@ -467,6 +691,7 @@ def get_args(argv=None):
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     finetune, saves, raw = args.probe == "finetune", args.save_features is not None, args.baseline == "raw"
+    pixels, labels = args.probe == "pixels", "--probe linear, attentive or finetune"
     check = common.check_range
     check("--epochs", 1 if args.epochs is None else args.epochs, 1, 10 ** 6), check("--seed", args.seed, 0, 2 ** 31)
     check("--batch-size", 2 if args.batch_size is None else args.batch_size, 2, 10 ** 6)
@@ -474,15 +699,19 @@ def get_args(argv=None):
     check("--views", 1 if args.views is None else args.views, 1, 1000), [check("--lr", lr, 0, 10) for lr in args.lr or ()]
     check("--seconds", 1 if args.seconds is None else args.seconds, 0.1, 3600), check("--encoder-lr", args.encoder_lr or 0, 0, 10)
     check("--regularised-masking", args.regularised_masking, 0, 1)
-    if finetune and len(args.lr or ()) > 1:
-        raise UserError("--lr: fine-tuning takes one learning rate")
+    if (finetune or pixels) and len(args.lr or ()) > 1:
+        raise UserError(f"--lr: {'fine-tuning' if finetune else '--probe pixels'} takes one learning rate")
     if raw and (args.probe != "linear" or args.patch_level or args.layers):
         raise UserError("--baseline raw has no tokens, no layers and nothing to train; use --probe linear without --layers, --patch-level")
     for flag, given, applies, needs in (
-            ("--head", args.head, args.probe != "linear" and not saves, "--probe finetune or attentive"),
+            ("--head", args.head, args.probe in ("finetune", "attentive") and not saves, "--probe finetune or attentive"),
             ("--cache-gb", args.cache_gb is not None, args.probe == "attentive" and not saves, "--probe attentive"),
             ("--encoder-lr", args.encoder_lr is not None, finetune and not saves, "--probe finetune"),
             ("--regularised-masking", args.regularised_masking, finetune and not saves, "--probe finetune"),
+            ("--crops", args.crops, not saves, "a probe; leave --save-features out"),
+            ("--views", args.views, not pixels, labels), ("--crops", args.crops, not pixels, labels),
+            ("--layers", args.layers, not pixels, labels), ("--encoder", args.encoder, not pixels, labels),
+            ("--absent", args.absent, not pixels, labels), ("--seconds", args.seconds, not pixels, labels),
             ("--split", args.split, saves, "--save-features"), ("--patch-level", args.patch_level, saves, "--save-features"),
             ("--encoder", args.encoder, not args.baseline, "the trained encoder; leave --baseline out")):
         if given and not applies:
@@ -497,18 +726,29 @@ def get_args(argv=None):
     return args
 
 
-def choose_views(args, encoder, listing):
-    """Settle what depends on the encoder and the set: args.modality, args.views, args.train_views. Returns the Inputs."""
-    vit, inputs = encoder.vit, data.Inputs(**encoder.inputs)
+def choose_modality(args, vit, inputs, method):
+    """Settle args.modality by what the encoder takes and the set has. Returns the Inputs, for pictures alone of their seconds."""
     takes = [key for key in ("video", "audio") if getattr(vit, key) is not None]
-    args.modality = args.modality or ("audio" if args.data in data.SOUNDS else "av" if len(takes) == 2 else takes[0])
+    alone = "audio" if args.data in data.SOUNDS else "video" if args.data in data.SILENT else None
+    args.modality = args.modality or alone or ("av" if len(takes) == 2 else takes[0])
     for key in MODALITIES[args.modality]:
         if key not in takes:
-            raise UserError(f"--modality {args.modality}: {encoder.method} takes no {key}")
+            raise UserError(f"--modality {args.modality}: {method} takes no {key}")
         if key == "video" and args.data in data.SOUNDS:
             raise UserError(f"--modality {args.modality}: {args.data} has no pictures; use --modality audio")
+        if key == "audio" and args.data in data.SILENT:
+            raise UserError(f"--modality {args.modality}: {args.data} has no sound; use --modality video")
     if args.modality == "video" and inputs.video_seconds:                                       # the pictures are all of the view
         inputs = replace(inputs, seconds=inputs.video_seconds, video_seconds=None)
+    return inputs
+
+
+def choose_views(args, encoder, listing):
+    """Settle what depends on the encoder and the set: args.modality, args.views, args.crops, args.train_views. Returns the Inputs."""
+    vit, inputs = encoder.vit, choose_modality(args, encoder.vit, data.Inputs(**encoder.inputs), encoder.method)
+    if args.modality == "audio" and args.crops == 3:
+        raise UserError("--crops 3: --modality audio has no pictures to crop; leave it out")
+    args.crops = args.crops or (TESTS[args.data][1] if args.data in TESTS and args.modality != "audio" else 1)
     if args.modality == "audio":
         seconds = args.seconds or min(inputs.seconds, listing.seconds or inputs.seconds)
         inputs = inputs.at(seconds, vit.audio.patch[1])
@@ -518,6 +758,7 @@ def choose_views(args, encoder, listing):
     covered = args.modality == "av" and inputs.video_seconds or inputs.seconds                  # by sound and pictures of a view
     whole, longest = listing.seconds is not None and listing.seconds <= covered, LONGEST.get(args.data)
     usual = FINETUNE[encoder.method]["views"] if args.probe == "finetune" else 4                # frozen: authors' code of AV-JEPA
+    usual = TESTS[args.data][0] if args.data in TESTS else usual
     args.views = args.views or (1 if whole else math.ceil(longest / inputs.seconds) if longest else usual)
     # unspecified: the training views; a frozen head draws, each epoch, one of two windows of a clip, or of the test's windows where
     # those serve for both (folds) or the clips are very long; fine-tuning draws a new one at random
@@ -542,7 +783,7 @@ def run_probe(args, kind, encoder, load, train, test, inputs, process, workers):
 
     tokens = vit.video.num if "video" in MODALITIES[args.modality] else 0
     tokens += vit.audio.grid[0] * (inputs.mel_frames // vit.audio.patch[1]) if "audio" in MODALITIES[args.modality] else 0
-    views = args.train_views * len(train) + (args.views * len(test) if train.fold is None else 0)
+    views = args.train_views * len(train) + (args.views * args.crops * len(test) if train.fold is None else 0)
     gigabytes = 2 * tokens * encoder.dim * views / 1e9
     cache = 4.0 if args.cache_gb is None else args.cache_gb
     if not frozen or args.probe == "attentive" and gigabytes > cache:
@@ -563,7 +804,7 @@ def run_probe(args, kind, encoder, load, train, test, inputs, process, workers):
         if len(np.unique(train.fold[index.numpy()])) < len(np.unique(train.fold)):
             raise UserError(f"{train.name}: a fold has no clip that can be read; look at the files with python data.py --check")
         return join_folds([fit(x[inner], y[inner], x[outer], y[outer]) for inner, outer in rounds(train.fold[index.numpy()])])
-    x_test, index_test = read(listing=test, views=args.views, label="features (test)")
+    x_test, index_test = read(listing=test, views=args.views, crops=args.crops, label="features (test)")
     return fit(x, y, x_test["it", args.modality], test.targets(index_test), split=hold_out(train, index, args.seed))
 
 
@@ -573,6 +814,8 @@ def main(argv=None):
     if process.world > 1:
         raise UserError("probe.py runs in one process; start it without torchrun")
     workers = common.default_workers(process) if args.workers is None else args.workers
+    if args.probe == "pixels":
+        return probe_pixels(args, process, workers)
     load = functools.partial(common.load_encoder, args.ckpt, process.device, args.baseline == "untrained", args.absent, args.layers,
                              args.encoder)
     if args.save_features:
@@ -589,8 +832,8 @@ def main(argv=None):
     result = run_probe(args, kind, encoder, load, train, test, inputs, process, workers)
     row = {"data": args.data, "probe": args.probe, "head": kind, "modality": args.modality, "baseline": args.baseline,
            "absent": encoder.vit.absent, "encoder": args.encoder, "layers": args.layers, **result, "left_out": len(test) - result["N"],
-           "views": args.views, "view_seconds": inputs.seconds, "epochs": args.epochs, "batch_size": args.batch_size, "lrs": args.lr,
-           "encoder_lr": args.encoder_lr, "version": common.code_version(),
+           "views": args.views, "crops": args.crops, "view_seconds": inputs.seconds, "epochs": args.epochs, "batch_size": args.batch_size,
+           "lrs": args.lr, "encoder_lr": args.encoder_lr, "version": common.code_version(),
            "regularised_masking": args.regularised_masking, "seed": args.seed, "ckpt": str(args.ckpt), "step": encoder.step,
            "seconds": round(time.time() - began, 1)}
     if "folds" in result:

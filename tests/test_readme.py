@@ -1,4 +1,5 @@
 """Every command of the README runs, at tiny size: parsed from it, with flags that shrink it added at its end."""
+import json
 import multiprocessing
 import os
 import re
@@ -25,13 +26,15 @@ BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n
 LINES = [line.split(" #")[0].split("&&")[-1].strip().removeprefix(".venv/bin/") for line in BLOCKS.splitlines()]
 COMMANDS = list(dict.fromkeys(line for line in LINES if re.match(r"(python|torchrun) ", line)))
 TRAIN = "--steps 2 --batch-size 4 --recipe toy --size toy --workers 1 --log-every 1"
-SHRINK = {"avjepa_lejepa.py": TRAIN, "ajepa.py": TRAIN, "mjepa.py": TRAIN, "probe.py": "--views 1 --workers 1",
-          "retrieval.py": "--views 1 --workers 1", "data.py": "--workers 1", "reproduce.py": "--dry-run"}
+METHODS = ("ajepa.py", "mjepa.py", "avjepa_lejepa.py", "avjepa_ncsu.py")
+SHRINK = {**dict.fromkeys(METHODS, TRAIN), "probe.py": "--workers 1", "retrieval.py": "--views 1 --workers 1", "data.py": "--workers 1",
+          "reproduce.py": "--dry-run"}
 
 
 @pytest.fixture(scope="module")
 def place(toy, tmp_path_factory):
-    """A folder with what the README's commands name: the toy's cache, clips/, dog.wav, audioset/, vggsound/ and a run of each name."""
+    """A folder with what the README's commands name: the toy's cache, clips/, dog.wav, audioset/, vggsound/, k400/, ssv2/ and the
+    sets of sound."""
     place = tmp_path_factory.mktemp("readme")
     (place / "cache").mkdir()
     shutil.copytree(toy, place / data.toy_folder())
@@ -52,6 +55,18 @@ def place(toy, tmp_path_factory):
     (place / "audioset" / "class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/0,"Dog, bark"\n1,/m/1,Bell\n')
     (place / "vggsound" / "vggsound.csv").write_text("".join(f'{i},30,"dog, barking",{s}\n' if k % 2 else f"{i},30,bell,{s}\n"
                                                              for s in ("train", "test") for k, i in enumerate(ids)))
+    (place / "k400").mkdir(), (place / "ssv2").mkdir()
+    for i, c in zip(ids, clips):
+        shutil.copy(c, place / "k400" / f"{i}_000030_000040.mp4"), shutil.copy(c, place / "ssv2" / f"{int(i)}.webm")
+    for part in ("train", "val"):
+        (place / "k400" / f"{part}.csv").write_text("label,youtube_id,time_start,time_end,split\n" + "".join(
+            f"{('archery', 'baking cookies')[k % 2]},{i},30,40,{part}\n" for k, i in enumerate(ids)))
+    templates = ("Holding [something]", "Pushing [something] left")
+    for part in ("train", "validation"):
+        (place / "ssv2" / f"something-something-v2-{part}.json").write_text(json.dumps(
+            [{"id": str(int(i)), "template": templates[k % 2]} for k, i in enumerate(ids)]))
+    (place / "ssv2" / "something-something-v2-labels.json").write_text(json.dumps(
+        {template.replace("[", "").replace("]", ""): str(k) for k, template in enumerate(templates)}))
     write_sounds(place)
     return place
 
@@ -134,7 +149,7 @@ def forked(argv, cwd, output):
 def train(place, folder):
     """A run of the method that the folder's name begins with, if there is none yet."""
     if not (place / folder / "latest.pt").exists():
-        script = next(s for s in ("ajepa.py", "mjepa.py", "avjepa_lejepa.py") if Path(folder).name.startswith(s.split(".")[0]))
+        script = next(s for s in METHODS if Path(folder).name.startswith(s.split(".")[0]))
         code, shown = run([sys.executable, str(ROOT / script), *f"--data folder --data-dir clips --out {folder} {TRAIN}".split()], place)
         assert code == 0, shown[-2000:]
 
@@ -143,6 +158,7 @@ def test_the_readme_has_the_commands_that_a_newcomer_needs():
     for start in ("python avjepa_lejepa.py", "torchrun --nproc_per_node=8 avjepa_lejepa.py --data audioset", "torchrun --nnodes",
                   "python ajepa.py", "torchrun --nproc_per_node=8 ajepa.py --data audioset", "python reproduce.py masking",
                   "python mjepa.py", "torchrun --nproc_per_node=8 mjepa.py --data audioset", "python reproduce.py cross-modal",
+                  "python avjepa_ncsu.py", "torchrun --nproc_per_node=8 avjepa_ncsu.py --data kinetics400", "python reproduce.py sound",
                   "python probe.py", "python retrieval.py", "python data.py", "python -m pytest"):
         assert any(command.startswith(start) for command in COMMANDS), start
 
@@ -170,6 +186,8 @@ def test_command_of_the_readme_runs(place, command):
         words += ["--fresh"]
     if "probe.py" in script and "--save-features" not in command:
         words += ["--epochs", "1", "--batch-size", "4", *(() if "finetune" in command else ("--lr", "1e-3"))]
+    if "probe.py" in script and "pixels" not in command:
+        words += ["--views", "1"]
     code, shown = run(words, place)
     assert code == 0, shown[-2000:]
     assert "Traceback" not in shown

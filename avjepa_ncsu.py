@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import common, data, probe                              # before torch: common sets how its threads wait
-from common import UserError, ViT, gather, nearest
+from common import UserError, ViT, gather
 
 import numpy as np
 import torch
@@ -110,17 +110,19 @@ def draw_set(key, rank, batch, grid, number, size):
     never all and never nothing. A pure function of (key, rank, clip). How much is hidden is drawn for the step, the same for all clips
     and ranks; a clip meets it by single patches."""
     # differs: the code cuts all lists to the shortest, which loses the last rows
-    def hide(rng):
-        places = [(int(rng.integers(grid[0] - size[0] + 1)), int(rng.integers(grid[1] - size[1] + 1))) for _ in range(number)]
-        return common.cover(grid, [(*place, *size) for place in places])
+    rows, cols = np.arange(grid[0]), np.arange(grid[1])
 
-    count, masks = int(hide(np.random.default_rng((*key, 0, 0))).sum()), []             # the step's own; the clips count from 1
+    def hide(rng, times):
+        top, left = (rng.integers(n - side + 1, size=(times, number, 1)) for n, side in zip(grid, size))
+        down, across = (rows >= top) & (rows < top + size[0]), (cols >= left) & (cols < left + size[1])   # (times, number, side)
+        return (down[..., None] & across[..., None, :]).any(1)                                  # (times, rows, columns)
+
+    count, masks = int(hide(np.random.default_rng((*key, 0, 0)), 1).sum()), []          # the step's own; the clips count from 1
     count = min(max(1, count), math.prod(grid) - 1)
     for clip in range(batch):
         rng = np.random.default_rng((*key, rank, 1 + clip))
-        some = (hide(rng) for _ in range(5))            # one of five that comes near, so that single patches are few
-        mask = nearest(some, lambda mask: abs(int(mask.sum()) - count), round(0.02 * math.prod(grid)))
-        masks.append(common.meet_count(rng, mask, count).flatten())
+        some = hide(rng, 5)                             # the one of five that comes nearest, so that single patches are few
+        masks.append(common.meet_count(rng, some[np.abs(some.sum((1, 2)) - count).argmin()], count).flatten())
     return np.stack(masks)
 
 

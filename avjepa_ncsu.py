@@ -217,7 +217,7 @@ class AVJEPA(nn.Module):
 
     def see(self, tokens, masks):
         """The context encoder on what a mask set leaves visible of its tokens (B, N, D) -> (B, C, D)."""
-        first = math.prod(self.grids.get("video", (0,))) if len(self.grids) == 2 else 0
+        first = math.prod(self.grids["video"]) if "video" in masks else 0               # the sound's tokens stand behind
         visible = torch.cat([context + (first if m == "audio" else 0) for m, (context, _) in masks.items()], 1)
         return self.context_encoder(tokens=tokens, visible=visible)
 

@@ -229,7 +229,7 @@ class LogMel(torch.nn.Module):
         if not self.interpolate:
             mel = torch.nn.functional.pad(mel, (0, (self.columns or mel.shape[-1]) - mel.shape[-1]))    # or cut, if there are more
         mel = (mel + 1e-6).log() if self.log == "ln" else 10 * mel.clamp_min(1e-10).log10()
-        if self.log == "db_max":
+        if self.log == "db_max":                        # unspecified: digital silence, here 0 everywhere, as librosa has it
             mel = (mel - mel.amax((-2, -1), keepdim=True)).clamp_min(-80)
         if self.interpolate and self.columns not in (None, mel.shape[-1]):
             size = (mel.shape[-2], self.columns)
@@ -362,7 +362,7 @@ def to_device(batch, device):
 
 def load_clip(path, inputs, start=None):
     """A file -> {"video": (1, 3, T, H, W), "audio": (1, 1, F, T)} as `encoder(**clip)` takes it; a stream that the file lacks or the
-    encoder does not take is left out. `start` in seconds; the middle of the clip if None."""
+    encoder does not take is left out. `start` in seconds (of inputs.frame_rate, where that is set); the middle of the clip if None."""
     inputs = inputs if isinstance(inputs, Inputs) else Inputs(**inputs)
 
     def middle(duration):

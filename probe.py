@@ -17,7 +17,8 @@ test; the head that is best there is tested. Each result is a row in RUN/probe.j
 (N, views, tokens, D) float16, and where there are labels also labels, (N,) indices or (N, C) zeros and ones, and classes (C,).
 
 --probe pixels trains a decoder from what the encoder says of the visible patches, and the predictor of the hidden ones, to the patches
-themselves: RUN/pixels.png, and the squared error beside that of the mean image and of a copy of the nearest visible patch.
+themselves: RUN/pixels.png, and the squared error beside that of the mean image and of a copy of the nearest visible patch. With --decode
+apart a hidden patch is decoded from predictions alone.
 """
 import argparse, collections, contextlib, copy, functools, importlib, json, math, os, time
 from dataclasses import replace
@@ -462,26 +463,33 @@ def unpatchify(x, grid, patch):
 
 class PixelDecoder(nn.Module):
     """Tokens to pixels by linear projection, multi-head attention and query pooling, as in AVJEPA (Ge and Zhu; 5.6.3). (tokens (B, N, D),
-    which are predicted (B, N) bool) -> {modality: (B, N of it, pixels of a patch)}. patches: {modality: Patches}, as the tokens stand."""
-    def __init__(self, dim, patches, width):
+    which are predicted (B, N) bool) -> {modality: (B, N of it, pixels of a patch)}. patches: {modality: Patches}, as the tokens stand.
+    apart: predicted tokens attend to predicted ones alone, visible to visible ones: else the decoder itself fills in what is hidden, and
+    does so nearly as well from an untrained encoder."""
+    def __init__(self, dim, patches, width, apart=False):
         super().__init__()
         # unspecified: all but those three words. Here one layer, heads of 64 dimensions, pre-norm; a token says whether it was predicted;
-        # one query for each patch, its place
-        heads, self.sizes = max(1, width // 64), [p.num for p in patches.values()]
+        # one query for each patch, its place, which at the start looks at its own token
+        heads, self.sizes, self.apart = max(1, width // 64), [p.num for p in patches.values()], apart
         self.norm, self.project, self.state = nn.LayerNorm(dim), nn.Linear(dim, width), nn.Parameter(torch.randn(2, width) * 0.02)
-        self.positions = nn.ModuleDict({m: common.Positions(p.grid, width, "sincos") for m, p in patches.items()})
-        self.modality = nn.ParameterDict({m: torch.randn(width) * 0.02 for m in patches})
+        place = [common.Positions(p.grid, width, "sincos")() for p in patches.values()]                 # each (N of it, W)
+        # each channel with mean 0 and std 1 over the grid: else most of them hardly tell one place from the next
+        self.register_buffer("place", torch.cat([(e - e.mean(0)) / (e.std(0, correction=0) + 1e-4) for e in place]))
+        self.modality = nn.Parameter(torch.randn(len(patches), width) * 0.02)
         self.norm1, self.attend = nn.LayerNorm(width), nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm2, self.pool = nn.LayerNorm(width), nn.MultiheadAttention(width, heads, batch_first=True)
         self.query = nn.Linear(width, width)
+        for weight in (self.query.weight.data, *self.pool.in_proj_weight.data.chunk(3)[:2]):
+            nn.init.eye_(weight)
         self.pixels = nn.ModuleDict({m: nn.Linear(width, p.proj.in_channels * math.prod(p.patch)) for m, p in patches.items()})
 
     def forward(self, tokens, hidden):
-        place = torch.cat([self.positions[m]() + self.modality[m] for m in self.pixels])                # (N, W)
+        place = self.place + torch.cat([e.expand(size, -1) for e, size in zip(self.modality, self.sizes)])          # (N, W)
         x = self.project(self.norm(tokens)) + self.state[hidden.long()] + place                         # (B, N, W)
+        barred = (hidden[:, :, None] != hidden[:, None]).repeat_interleave(self.attend.num_heads, 0) if self.apart else None
         y = self.norm1(x)
-        x = self.norm2(x + self.attend(y, y, y, need_weights=False)[0])
-        x = self.pool(self.query(place).expand(len(x), -1, -1), x, x, need_weights=False)[0]            # (B, N, W)
+        x = self.norm2(x + self.attend(y, y, y, attn_mask=barred, need_weights=False)[0])
+        x = self.pool(self.query(place).expand(len(x), -1, -1), x, x, attn_mask=barred, need_weights=False)[0]      # (B, N, W)
         return {m: self.pixels[m](part) for m, part in zip(self.pixels, x.split(self.sizes, 1))}
 
 
@@ -550,9 +558,9 @@ def draw_pixels(clips, inputs, patches, title):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    width = {m: 8.4 if m == "video" else 5.6 for m in patches}
+    width = {m: 8.4 if m == "video" or len(patches) == 1 else 5.6 for m in patches}
     fig = plt.figure(figsize=(0.7 + sum(width.values()), 0.5 + 0.2 * title.count("\n") + 3.7 * len(clips)), layout="constrained")
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle(title, fontsize=10)
     for block, (path, clip) in zip(np.atleast_1d(fig.subfigures(len(clips), 1)), clips):
         block.suptitle(path, fontsize=9)
         axes = block.subplots(3, len(patches), squeeze=False, width_ratios=[*width.values()])
@@ -605,7 +613,7 @@ def probe_pixels(args, process, workers):
     args.epochs, args.lr = args.epochs or math.ceil(1000 / per_epoch), args.lr or [1e-3]
     steps = args.epochs * per_epoch
     torch.manual_seed(args.seed)
-    decoder = PixelDecoder(model.predictor.head.out_features, patches, min(256, vit.dim)).to(process.device)
+    decoder = PixelDecoder(model.predictor.head.out_features, patches, 256, args.decode == "apart").to(process.device)
 
     def decode(batch, step):
         """{modality: (the decoder's patches, the true ones, both (B, N, P), which are hidden (B, N), which clips have it (B,))}"""
@@ -631,13 +639,14 @@ def probe_pixels(args, process, workers):
         print(f"{m:10s}" + "".join(f"{errors[part][m][name]:18.4f}" for part, name in columns) + f"    (N = {count[m]:,})")
     partial = f"-{args.modality}" if len(keys) < (vit.video is not None) + (vit.audio is not None) else ""
     file = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent
-    file = file / f"pixels{partial}{'-untrained' if args.baseline else ''}.png"
+    file = file / f"pixels{partial}{'-apart' if args.decode == 'apart' else ''}{'-untrained' if args.baseline else ''}.png"
     some = sorted(np.random.default_rng(args.seed).permutation(whole)[:4].tolist())
     if some:
         with torch.no_grad():
             batches = enumerate(read(test.subset(some), batch=1, label="picture"))
             shown = [(os.fsdecode(bytes(test.files[some[n]])), decode(batch, n)) for n, batch in batches]
         title = f"{content['method']}, {args.data}, " + ("untrained" if args.baseline else f"step {content['step']:,}")
+        title += ", hidden patches decoded from predictions alone" * (args.decode == "apart")
         for m, e in errors["hidden"].items():
             title += f"\n{m}, squared error where hidden: decoder {e['decoder']:.3f}, mean image {e['mean']:.3f}, nearest visible patch " \
                      f"{e['nearest']:.3f}"
@@ -645,7 +654,8 @@ def probe_pixels(args, process, workers):
             common.replace_file(file, lambda f: draw_pixels(shown, inputs, patches, title).savefig(f, format="png", dpi=100))
         except OSError as e:
             raise UserError(f"{file}: cannot be written ({e.strerror})") from None
-    row = {"data": args.data, "probe": args.probe, "modality": args.modality, "baseline": args.baseline, **errors, "N": count,
+    row = {"data": args.data, "probe": args.probe, "modality": args.modality, "baseline": args.baseline,
+           "decode": args.decode or "together", **errors, "N": count,
            "left_out": len(test) - max(count.values()), "picture": file.name if some else None, "view_seconds": inputs.seconds,
            "epochs": args.epochs, "batch_size": args.batch_size, "lrs": args.lr, "version": common.code_version(), "seed": args.seed,
            "ckpt": str(args.ckpt), "step": content["step"], "seconds": round(time.time() - began, 1)}
@@ -664,6 +674,8 @@ def get_args(argv=None):
     add("--probe", choices=("linear", "attentive", "finetune", "pixels"), default="linear")
     add("--head", choices=tuple(HEADS), help="of --probe finetune and attentive; default: linear fine-tuned, else attentive (one query), "
         "for MJEPA blocks (four blocks before it)")
+    add("--decode", choices=("together", "apart"), help="of --probe pixels: each patch from all tokens (default, as in the paper), or the "
+        "hidden ones from predicted tokens alone, so that the decoder cannot fill them in by itself")
     add("--modality", choices=tuple(MODALITIES), help="default: all that the encoder takes and the set has")
     add("--baseline", choices=("untrained", "raw"), help="instead of the trained encoder: as it was initialised, or the input itself")
     add("--encoder", choices=("context", "target"), help="of a method that has both; default: the one that it evaluates")
@@ -708,7 +720,7 @@ def get_args(argv=None):
             ("--cache-gb", args.cache_gb is not None, args.probe == "attentive" and not saves, "--probe attentive"),
             ("--encoder-lr", args.encoder_lr is not None, finetune and not saves, "--probe finetune"),
             ("--regularised-masking", args.regularised_masking, finetune and not saves, "--probe finetune"),
-            ("--crops", args.crops, not saves, "a probe; leave --save-features out"),
+            ("--crops", args.crops, not saves, "a probe; leave --save-features out"), ("--decode", args.decode, pixels, "--probe pixels"),
             ("--views", args.views, not pixels, labels), ("--crops", args.crops, not pixels, labels),
             ("--layers", args.layers, not pixels, labels), ("--encoder", args.encoder, not pixels, labels),
             ("--absent", args.absent, not pixels, labels), ("--seconds", args.seconds, not pixels, labels),

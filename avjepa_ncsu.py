@@ -78,6 +78,8 @@ def get_args(argv=None):
         "for the authors")
     add("--clips", type=int, help="clips of the set that are trained on, drawn with seed 0; 0: all (default: the recipe's)")
     args = parser.parse_args(argv)
+    if args.modalities != "av" and not args.out:        # not the folder of the run that it is compared with
+        args.out = f"runs/{METHOD}-{args.modalities}-{args.data}-seed{args.seed}"
     recipe = common.read_recipe(args, METHOD, RECIPE, ("seconds", "clips"))
     common.check_range("--clips", recipe["clips"] or 0, 0, 10 ** 9)
     table = {name: row[(args.recipe or ("toy" if args.data == "toy" else "paper")) == "toy"] for name, row in RECIPE.items()}

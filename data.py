@@ -599,6 +599,7 @@ def _list_kinetics400(name, folder, split):
     official, listed = rows[split]
     paths = [f if official else os.path.normpath(f) for f, _ in listed]
     files = _scan(folder) if official or not all(map(os.path.isabs, paths)) else []
+    files.sort(key=lambda f: "replacement" in Path(f).parts)            # of one name the last counts: whole copies of broken clips
     if official:
         found = _by_name_or_id(files, paths)
     else:
@@ -621,9 +622,9 @@ def _kinetics_rows(path):
         except (ValueError, OverflowError):
             raise UserError(f"{path}: a time is not a number of seconds; take the data set's own csv") from None
     rows = [[part.strip('"') for part in row.rsplit(None, 1)] for row in rows]              # quotes: pandas puts them around spaces
-    if any(len(row) != 2 or os.path.splitext(row[1])[1].lower() in MEDIA for row in rows):
-        raise UserError(f"{path}: neither begins with a header that names {', '.join(columns)}, nor is each row a path and a label with a "
-                        "space between them; give a list of one of the two forms")
+    if any([os.path.splitext(part)[1].lower() in MEDIA for part in row] != [True, False] for row in rows):
+        raise UserError(f"{path}: neither begins with a header that names {', '.join(columns)}, nor is each row the path of a clip and a "
+                        "label without spaces, with a space between them; give a list of one of the two forms")
     return False, rows
 
 
@@ -827,6 +828,10 @@ def eval_batches(listing, inputs, plan, batch, workers, troubles, label, seed=0)
         if len(b["index"]):
             used |= any(bool(b[f"has_{key}"].any()) for key in ("video", "audio") if key in b)
             yield b
+            troubles.count(b)
+    for key, lack in (("video", "pictures"), ("audio", "sound")):
+        if used and troubles.counts[f"no_{key}"]:
+            print(f"{label}: {troubles.counts[f'no_{key}']:,} of {len(listing):,} clips have no {lack}")
     if not used:
         raise UserError(f"{listing.name}: no readable clip among {len(listing):,}; look at the files with python data.py --check")
 
@@ -837,11 +842,14 @@ class Troubles:
         self.total, self.max_share, self.bad = total, max_share, set()
         self.counts = {"no_video": 0, "no_audio": 0, "short": 0}
 
-    def add(self, batch):
+    def count(self, batch):
         if len(batch["index"]):
             for key in ("video", "audio"):
                 self.counts[f"no_{key}"] += int((~batch[f"has_{key}"]).sum()) if key in batch else 0        # only what was asked for
             self.counts["short"] += int(batch["short"].sum())
+
+    def add(self, batch):
+        self.count(batch)
         self.name(batch["bad"])
         if batch["lost"]:
             raise UserError(f"20 clips in a row do not decode, the last: {batch['bad'][-1]}; look at the files with python data.py --check")

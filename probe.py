@@ -17,8 +17,8 @@ test; the head that is best there is tested. Each result is a row in RUN/probe.j
 (N, views, tokens, D) float16, and where there are labels also labels, (N,) indices or (N, C) zeros and ones, and classes (C,).
 
 --probe pixels trains a decoder from what the encoder says of the visible patches, and the predictor of the hidden ones, to the patches
-themselves: RUN/pixels.png, and the squared error beside that of the mean image and of a copy of the nearest visible patch. With --decode
-apart a hidden patch is decoded from predictions alone.
+themselves: RUN/pixels-DATA.png, and the squared error beside that of the mean image and of a copy of the nearest visible patch. With
+--decode apart a hidden patch is decoded from predictions alone.
 """
 import argparse, collections, contextlib, copy, functools, importlib, json, math, os, time
 from dataclasses import replace
@@ -486,7 +486,10 @@ class PixelDecoder(nn.Module):
     def forward(self, tokens, hidden):
         place = self.place + torch.cat([e.expand(size, -1) for e, size in zip(self.modality, self.sizes)])          # (N, W)
         x = self.project(self.norm(tokens)) + self.state[hidden.long()] + place                         # (B, N, W)
-        barred = (hidden[:, :, None] != hidden[:, None]).repeat_interleave(self.attend.num_heads, 0) if self.apart else None
+        barred = None
+        if self.apart:                                  # float: MultiheadAttention would make that of a bool, for each of the two
+            differ = (hidden[:, :, None] != hidden[:, None]).repeat_interleave(self.attend.num_heads, 0)            # (B heads, N, N)
+            barred = torch.zeros(differ.shape, device=x.device).masked_fill_(differ, -math.inf)
         y = self.norm1(x)
         x = self.norm2(x + self.attend(y, y, y, attn_mask=barred, need_weights=False)[0])
         x = self.pool(self.query(place).expand(len(x), -1, -1), x, x, attn_mask=barred, need_weights=False)[0]      # (B, N, W)
@@ -537,12 +540,13 @@ def train_decoder(decode, parameters, batches, steps, lr, troubles):
 @torch.no_grad()
 def pixel_errors(decode, batches, mean, grids, step):
     """Mean squared errors {"hidden" or "visible": {modality: {"decoder", "mean", "nearest": value}}}, {modality: number of clips that have
-    it}, and the indices of those that have all. The masks are those of `step` and the following."""
+    it}, and the indices of those that have all. Each batch comes under two masks, those of an even and of an odd step: a method's mask
+    sets, which hide different shares, then count alike."""
     sums, count, whole = collections.defaultdict(lambda: np.zeros(2)), collections.Counter(), []
     for b, batch in enumerate(batches):
         whole += batch["index"][torch.stack([batch[f"has_{m}"] for m in grids]).all(0)].tolist()
-        for m, (made, true, hidden, has) in decode(batch, step + b).items():
-            count[m] += int(has.sum())
+        count.update({m: int(batch[f"has_{m}"].sum()) for m in grids})
+        for m, (made, true, hidden, has) in (one for s in (0, 1) for one in decode(batch, step + 2 * b + s).items()):
             for name, guess in {"decoder": made, "mean": mean[m].to(true), "nearest": nearest_visible(true, hidden, grids[m])}.items():
                 error = (guess - true).square().mean(2)                                                 # (B, N)
                 for part, where in (("hidden", hidden & has[:, None]), ("visible", ~hidden & has[:, None])):
@@ -562,7 +566,7 @@ def draw_pixels(clips, inputs, patches, title):
     fig = plt.figure(figsize=(0.7 + sum(width.values()), 0.5 + 0.2 * title.count("\n") + 3.7 * len(clips)), layout="constrained")
     fig.suptitle(title, fontsize=10)
     for block, (path, clip) in zip(np.atleast_1d(fig.subfigures(len(clips), 1)), clips):
-        block.suptitle(path, fontsize=9)
+        block.suptitle(path.encode(errors="replace").decode(), fontsize=9, parse_math=False)
         axes = block.subplots(3, len(patches), squeeze=False, width_ratios=[*width.values()])
         for column, (m, (made, true, hidden, _)) in zip(axes.T, clip.items()):
             made, true, hidden = (unpatchify(x.float().cpu(), patches[m].grid, patches[m].patch)[0].movedim(0, -1).numpy()
@@ -583,7 +587,8 @@ def draw_pixels(clips, inputs, patches, title):
                     ax.imshow(x, origin="lower", aspect="auto", interpolation="nearest", extent=(0, W / second, 0, H))
                 ax.set_ylabel("\n".join([name] * (ax in axes[:, 0]) + ["mel bin"] * (m == "audio")), fontsize=8)
                 ax.tick_params(labelsize=8, labelbottom=name == "truth")
-            column[-1].set_xlabel(f"seconds of the {'pictures' if m == 'video' else 'sound'}", fontsize=8)
+            clock = f", at {inputs.frame_rate:g} frames a second" if inputs.frame_rate else ""          # the clip's own may be another
+            column[-1].set_xlabel(f"seconds of the {'pictures' if m == 'video' else 'sound'}{clock}", fontsize=8)
     return fig
 
 
@@ -607,11 +612,9 @@ def probe_pixels(args, process, workers):
         raise UserError(f"--data {args.data}: no clip is held out, all are for training; put them into two sub-folders, train and test")
     print(f"{data.describe(train)} (train)\n{data.describe(test)} (test)")
 
-    # differs: the authors take one clip and two masks at a time; here 16 clips, for at least 1,000 steps
-    args.batch_size = args.batch_size or min(16, len(train))
-    per_epoch = max(1, len(train) // args.batch_size)
-    args.epochs, args.lr = args.epochs or math.ceil(1000 / per_epoch), args.lr or [1e-3]
-    steps = args.epochs * per_epoch
+    # differs: the authors take one clip and two masks at a time; here 16 clips, for 1,000 steps
+    args.batch_size, args.lr = args.batch_size or min(16, len(train)), args.lr or [1e-3]
+    steps = args.epochs * max(1, len(train) // args.batch_size) if args.epochs else 1000
     torch.manual_seed(args.seed)
     decoder = PixelDecoder(model.predictor.head.out_features, patches, 256, args.decode == "apart").to(process.device)
 
@@ -629,9 +632,10 @@ def probe_pixels(args, process, workers):
     loader = data.train_loader(clips, order, workers, process.device.type == "cuda")
     mean = train_decoder(decode, decoder.parameters(), loader, steps, args.lr[0], troubles)
     plan = functools.partial(data.even_views, 1, inputs, video="video" in keys, audio="audio" in keys)
-    read = functools.partial(data.eval_batches, inputs=inputs, plan=plan, workers=workers, troubles=troubles)
+    read = functools.partial(data.eval_batches, inputs=inputs, plan=plan, workers=workers)
     grids = {m: p.grid for m, p in patches.items()}
-    errors, count, whole = pixel_errors(decode, read(test, batch=args.batch_size, label="test"), mean, grids, steps)
+    batches = read(test, batch=args.batch_size, label="test", troubles=data.Troubles(len(test)))
+    errors, count, whole = pixel_errors(decode, batches, mean, grids, steps)
 
     columns = [(part, name) for part in errors for name in errors[part][keys[0]]]
     print(" " * 10 + "".join(f"{f'{part}: {name}':>18s}" for part, name in columns))
@@ -639,11 +643,16 @@ def probe_pixels(args, process, workers):
         print(f"{m:10s}" + "".join(f"{errors[part][m][name]:18.4f}" for part, name in columns) + f"    (N = {count[m]:,})")
     partial = f"-{args.modality}" if len(keys) < (vit.video is not None) + (vit.audio is not None) else ""
     file = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent
-    file = file / f"pixels{partial}{'-apart' if args.decode == 'apart' else ''}{'-untrained' if args.baseline else ''}.png"
+    file = file / f"pixels-{args.data}{partial}{'-apart' if args.decode == 'apart' else ''}{'-untrained' if args.baseline else ''}.png"
     some = sorted(np.random.default_rng(args.seed).permutation(whole)[:4].tolist())
+    common.add_row(args.ckpt, "probe.jsonl", {
+        "data": args.data, "probe": args.probe, "modality": args.modality, "baseline": args.baseline, "decode": args.decode or "together",
+        **errors, "N": count, "left_out": len(test) - max(count.values()), "picture": file.name if some else None,
+        "view_seconds": inputs.seconds, "steps": steps, "batch_size": args.batch_size, "lrs": args.lr, "version": common.code_version(),
+        "seed": args.seed, "ckpt": str(args.ckpt), "step": content["step"], "seconds": round(time.time() - began, 1)})
     if some:
         with torch.no_grad():
-            batches = enumerate(read(test.subset(some), batch=1, label="picture"))
+            batches = enumerate(read(test.subset(some), batch=1, label="picture", troubles=data.Troubles(len(some))))
             shown = [(os.fsdecode(bytes(test.files[some[n]])), decode(batch, n)) for n, batch in batches]
         title = f"{content['method']}, {args.data}, " + ("untrained" if args.baseline else f"step {content['step']:,}")
         title += ", hidden patches decoded from predictions alone" * (args.decode == "apart")
@@ -654,13 +663,7 @@ def probe_pixels(args, process, workers):
             common.replace_file(file, lambda f: draw_pixels(shown, inputs, patches, title).savefig(f, format="png", dpi=100))
         except OSError as e:
             raise UserError(f"{file}: cannot be written ({e.strerror})") from None
-    row = {"data": args.data, "probe": args.probe, "modality": args.modality, "baseline": args.baseline,
-           "decode": args.decode or "together", **errors, "N": count,
-           "left_out": len(test) - max(count.values()), "picture": file.name if some else None, "view_seconds": inputs.seconds,
-           "epochs": args.epochs, "batch_size": args.batch_size, "lrs": args.lr, "version": common.code_version(), "seed": args.seed,
-           "ckpt": str(args.ckpt), "step": content["step"], "seconds": round(time.time() - began, 1)}
-    print(f"{file if some else 'no picture, since no clip has all'} ({row['seconds']} s)")
-    common.add_row(args.ckpt, "probe.jsonl", row)
+    print(f"{file if some else 'no picture, since no clip has all'} ({time.time() - began:.0f} s)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -682,8 +685,8 @@ def get_args(argv=None):
     add("--layers", type=int, nargs="+", help="blocks, from 0, whose outputs are put side by side; default: the last one's alone")
     add("--absent", choices=("zero", "drop"), help="if other than in training")
     add("--seconds", type=float, help="length of a view of sound; default: the encoder's, or the clips' where they are all shorter")
-    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps); fine-tuned 13 (AV-JEPA), 30 (others); pixels: as many "
-        "as make 1,000 steps")
+    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps); fine-tuned 13 (AV-JEPA), 30 (others); pixels: "
+        "1,000 steps, whatever the set")
     add("--batch-size", type=int, help="default: 512 frozen (an eighth of a small set; 32 with blocks), 64 fine-tuned, 16 pixels")
     add("--lr", type=float, nargs="+", help="tried on held-out clips of train; default: 1e-3 1e-2 1e-1 1 frozen, 1e-4 3e-4 1e-3 3e-3 "
         "with blocks; fine-tuned that of the head, 2e-4 (AV-JEPA), 1e-3 (others); pixels 1e-3")

@@ -130,7 +130,7 @@ HEAD = ",".join(OFFICIAL) + "\n"
     ({"train.csv": HEAD + "a,abcdefghijk,1,nan,train\n"}, "train", "train.csv: a time is not a number"),
     ({"train.csv": HEAD + "a,abcdefghijk,1,inf,train\n"}, "train", "train.csv: a time is not a number"),
     ({"train.csv": HEAD + "a,abcdefghijk,10,20,train\n"}, "train", "none of the 1 listed clips"),
-    ({"train.csv": "a.mp4\n"}, "train", "train.csv: neither begins with a header .* a path and a label"),
+    ({"train.csv": "a.mp4\n"}, "train", "train.csv: neither begins with a header .* the path of a clip and a label"),
     ({"train.csv": "a.mp4 0\nwith space/b.mp4\n"}, "train", "train.csv: neither begins"),
     ({"train.csv": b"\xff\xfe\x00"}, "train", "train.csv: .* UTF-8"),
     ({"train.csv": "a.mp4 0\n", "val.txt": "b.mp4 dog\n"}, "train", "train.csv: some labels are whole numbers and others are not"),

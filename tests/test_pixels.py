@@ -1,7 +1,7 @@
 """The pixel probe: patches and their order, the decoder, what it is compared with, what the predictors imagine, the command."""
 import itertools, json, math, os, shutil, signal, subprocess, sys
 
-import ajepa, common, data, mjepa, probe
+import ajepa, avjepa_ncsu, common, data, mjepa, probe
 from conftest import ROOT
 
 import numpy as np
@@ -139,12 +139,15 @@ def test_the_mean_image_is_that_of_the_clips_that_have_the_modality():
 def test_the_errors_equal_a_slow_loop_over_patches_and_leave_out_what_a_clip_lacks():
     mean, has = {m: random(n, 4) for m, n in (("video", 32), ("audio", 15))}, {"has_video": torch.tensor([True] * 3)}
     batches = [has | {"index": torch.arange(3) + 3 * b, "has_audio": planted(8 + b)["audio"][3]} for b in range(4)]
-    errors, count, whole = probe.pixel_errors(lambda batch, step: planted(step), batches, mean, GRIDS, 8)
+    def decode(batch, step):
+        return {m: (*one[:3], batch[f"has_{m}"]) for m, one in planted(step).items()}
+
+    errors, count, whole = probe.pixel_errors(decode, batches, mean, GRIDS, 8)
     assert count == {"video": 12, "audio": 6} and whole == [0, 1, 3, 6, 7, 9]
     for m in GRIDS:
         values = {}
-        for step in range(8, 12):
-            made, true, hidden, here = planted(step)[m]
+        for step in range(8, 16):                               # two masks for each batch
+            made, true, hidden, here = decode(batches[(step - 8) // 2], step)[m]
             near = probe.nearest_visible(true, hidden, GRIDS[m])
             for b, i in itertools.product(range(3), range(len(mean[m]))):
                 for name, guess in (("decoder", made[b, i]), ("mean", mean[m][i]), ("nearest", near[b, i])):
@@ -258,26 +261,41 @@ def test_the_command_writes_its_row_and_its_picture(runs, toy, tmp_path, method)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     row, modalities = last_row(run), ["audio"] if method == "ajepa" else ["video", "audio"]
     assert row["probe"] == "pixels" and row["modality"] == ("audio" if method == "ajepa" else "av") and row["baseline"] is None
-    assert row["N"] == dict.fromkeys(modalities, 16) and (row["step"], row["left_out"], row["picture"]) == (2, 0, "pixels.png")
+    assert row["N"] == dict.fromkeys(modalities, 16) and (row["step"], row["left_out"], row["picture"]) == (2, 0, "pixels-toy.png")
     for part, names in (("hidden", {"decoder", "mean", "nearest"}), ("visible", {"decoder", "mean"})):
         assert list(row[part]) == modalities and all(set(e) == names and min(e.values()) > 0 for e in row[part].values())
     assert "hidden: nearest" in done.stdout and "N = 16" in done.stdout
-    assert (run / "pixels.png").read_bytes()[:4] == b"\x89PNG" and not (run / "pixels.png.part").exists()
+    assert (run / "pixels-toy.png").read_bytes()[:4] == b"\x89PNG" and not (run / "pixels-toy.png.part").exists()
 
 
 def test_the_untrained_model_and_a_single_modality_have_pictures_of_their_own(runs, toy, tmp_path, monkeypatch):
     run, drawn, real = shutil.copytree(runs["mjepa"], tmp_path / "run"), [], probe.draw_pixels
     monkeypatch.setattr(probe, "draw_pixels", lambda clips, *more: drawn.append(clips) or real(clips[:1], *more))
-    for more, name in ((("--baseline", "untrained"), "pixels-untrained.png"), (("--modality", "audio"), "pixels-audio.png"),
-                       (("--modality", "video", "--lr", 1e-2), "pixels-video.png")):
+    for more, name in ((("--baseline", "untrained"), "pixels-toy-untrained.png"), (("--modality", "audio"), "pixels-toy-audio.png"),
+                       (("--modality", "video", "--lr", 1e-2), "pixels-toy-video.png")):
         probe.main(flags(run, toy, *more))
         assert last_row(run)["picture"] == name and (run / name).stat().st_size > 10_000
     assert [len(clips) for clips in drawn] == [4, 4, 4]
     assert [list(clips[0][1]) for clips in drawn] == [["video", "audio"], ["audio"], ["video"]]
     rows = [json.loads(line) for line in (run / "probe.jsonl").read_text().splitlines()]
     assert [row["baseline"] for row in rows] == ["untrained", None, None] and rows[2]["lrs"] == [1e-2]
+    common.seed_step(0, 0)
     untrained = mjepa.restore({**common.load_checkpoint(run), "model": None})
     assert not torch.equal(untrained.predictor.head.weight, mjepa.restore(common.load_checkpoint(run)).predictor.head.weight)
+
+
+@pytest.mark.parametrize("script", [ajepa, avjepa_ncsu])
+def test_untrained_is_the_very_model_that_the_run_began_with(toy, tmp_path, script):
+    """A run at a learning rate of 0 ends where it began."""
+    script.main(["--data", "folder", "--data-dir", str(toy / "train"), "--recipe", "toy", "--steps", "1", "--batch-size", "4", "--lr", "0",
+                 "--seed", "7", "--workers", "0", "--device", "cpu", "--out", str(tmp_path)])
+    content = common.load_checkpoint(tmp_path)
+    trained, before = script.restore(content), torch.get_rng_state()
+    common.seed_step(7, 0)
+    untrained = script.restore({**content, "model": None})
+    torch.set_rng_state(before)
+    for (name, a), b in zip(trained.named_parameters(), untrained.parameters()):
+        assert torch.equal(a, b), name
 
 
 def refusal(argv, capsys):

@@ -113,23 +113,24 @@ def run(words, cwd, seconds=120, ranks=1):
                 free.bind(("localhost", 0))
                 where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks),
                          "LOCAL_WORLD_SIZE": str(ranks)}
-            pids, codes, until = [], [], time.time() + seconds
+            left, code, until = [], 0, time.time() + seconds
             for rank in range(ranks):
-                pids.append(os.fork())
-                if pids[-1] == 0:
+                left.append(os.fork())
+                if left[-1] == 0:
                     os.environ.update({**where, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
                     forked(words[1:], cwd, output)
             try:
-                while len(codes) < ranks:
-                    pid, status = os.waitpid(pids[len(codes)], os.WNOHANG)
-                    codes += [os.waitstatus_to_exitcode(status)] if pid else []
+                while left and code == 0:                # where one rank fails the others would wait for it
+                    for pid in left[:]:
+                        ended, status = os.waitpid(pid, os.WNOHANG)
+                        if ended:
+                            left.remove(pid)
+                            code = code or os.waitstatus_to_exitcode(status)
                     assert time.time() < until, f"not done after {seconds} s: {words}"
-                    time.sleep(0 if pid else 0.02)
-            except BaseException:
-                for pid in pids[len(codes):]:
+                    time.sleep(0.02)
+            finally:
+                for pid in left:
                     os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
-                raise
-            code = max(codes, key=abs)
         else:
             env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             code = subprocess.run(words, cwd=cwd, stdout=output, stderr=output, timeout=seconds, env=env).returncode

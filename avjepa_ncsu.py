@@ -7,7 +7,7 @@ What differs from the paper or where it is silent stands at its line: `# differs
 
     python avjepa_ncsu.py                                                            # toy clips, a laptop, minutes
     python avjepa_ncsu.py --modalities video                                         # the JEPA without sound that the paper compares with
-    python avjepa_ncsu.py --data folder --data-dir clips/ --recipe toy               # your own clips, the small model
+    python avjepa_ncsu.py --data folder --data-dir clips/ --recipe toy --seconds 1.6          # your own clips, the small model
     python avjepa_ncsu.py --data kinetics400 --data-dir k400/ --size small --accumulate 2         # the paper's recipe, one GPU
     torchrun --nproc_per_node=8 avjepa_ncsu.py --data kinetics400 --data-dir k400/
     torchrun --nnodes=4 --nproc_per_node=6 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
@@ -34,35 +34,36 @@ RECIPE = {
     # name            paper                  toy                source of the paper's value
     "size":          ("base",                "toy",             "seed: ViT-Tiny, Small and Base"),
     "frames":        (16,                    8,                 "seed"),
-    "stride":        (4,                     2,                 "code: every fourth frame of the clip"),
-    "seconds":       (64 / 30,               1.6,               "what that is at 30 frames a second (toy: 10); see --seconds"),
+    "stride":        (4,                     2,                 "code: 16 of 64 frames, evenly; here the third of each four"),
+    "seconds":       (64 / 30,               1.6,               "what that is at 30 frames a second (toy: 10); --seconds: by the clock"),
     "image":         (224,                   48,                "code"),
-    "crop_scale":    ((0.3, 1.0),            (0.7, 1.0),        "kin: random resized crop, and flip (toy: size is a cause)"),
+    "crop_scale":    ((0.3, 1.0),            (0.7, 1.0),        "code: random resized crop, and flip (toy: size is a cause)"),
     "tubelet":       ((2, 16, 16),           (4, 12, 12),       "code: 8 x 14 x 14 = 1,568 tokens (toy: 2 x 4 x 4 = 32)"),
     "sample_rate":   (44100,                 16000,             ""),    # differs: the code leaves each file its own rate
+    # differs: the code takes magnitudes for power (half the dB), interleaved stereo for mono, and Slaney's mel scale (here HTK's)
     "n_fft":         (2048,                  512,               "code: Hann; power in dB, 0 the clip's loudest, floor at -80"),
     "hop":           (512,                   160,               "code: samples from one mel frame to the next"),
     "n_mels":        (128,                   64,                "code"),
     "columns":       (192,                   192,               "code: the mel is interpolated to 128 x 192"),
-    "std_floor":     (0.1,                   0.1,               ""),    # differs: the code does not normalise the sound
+    "std_floor":     (1.0,                   1.0,               ""),    # differs: the code does not normalise the sound
     "stats_clips":   (10000,                 512,               ""),    # unspecified: mean and std of each mel bin
     "mel_patch":     ((16, 16),              (16, 16),          "seed: 8 x 12 = 96 tokens (toy: 4 x 12 = 48)"),
     "video_blocks":  (((8, 0.15), (2, 0.7)), ((8, 0.15), (2, 0.7)), "code: a mask set each: how many, their area of the frame"),
-    "video_aspect":  ((0.75, 1.5),           (0.75, 1.5),       "kin: width over height"),
+    "video_aspect":  ((1 / 1.5, 1 / 0.75),   (0.75, 1.5),       "code: width over height; its own is height over width, .75 to 1.5"),
     "audio_block":   ((4, 6),                (2, 6),            "code: patches of frequency x time, as many as the video has blocks"),
     "pred_depth":    (12,                    2,                 "code"),
-    "pred_dim":      (384,                   64,                "code: 12 heads of 32 dimensions"),
+    "pred_dim":      (384,                   64,                "code; 12 heads of 32"),    # differs: 3 for Tiny, 6 for Small, 12 for Base
     "tau":           ((0.998, 1.0),          (0.998, 1.0),      "code: EMA momentum, linear over the schedule"),
     "clips":         (30_000,                None,              "seed: of Kinetics-400, drawn with seed 0; see --clips"),
     "batch_size":    (24,                    32,                "code"),
     "epochs":        (None,                  None,              "by the steps"),
     "steps":         (2_000,                 1_000,              "seed: stopped there, since the loss rose again"),
-    "schedule":      (112_500,               None,              "kin: 300 epochs of 300 steps, x 1.25: the run is all warm-up"),
-    "lr_start":      (2e-4,                  1e-4,              "code (--size small: all three a tenth)"),
+    "schedule":      (112_500,               None,              "code: 300 epochs of 300 steps, x 1.25: the run is all warm-up"),
+    "lr_start":      (2e-4,                  1e-4,              "code (--size small without --lr: all three a tenth)"),
     "lr":            (6.25e-4,               3e-3,              "code: cosine from here ..."),
     "lr_end":        (1e-6,                  1e-3,              "code: ... to here"),
     "warmup":        (12_000,                100,               "code: steps"),
-    "weight_decay":  ((0.04, 0.4),           (0.04, 0.04),      "code: cosine over the schedule"),    # unspecified: betas, torch's own
+    "weight_decay":  ((0.04, 0.4),           (0.04, 0.04),      "code: cosine over the schedule; betas (.9, .999)"),
     "clip":          (10.0,                  10.0,              "code: norm of the gradient, after the warm-up"),
 }
 MODALITIES = {"av": ("video", "audio"), "video": ("video",), "audio": ("audio",)}       # in the order of their tokens
@@ -102,7 +103,7 @@ def get_args(argv=None):
 
 def plan_views(rng, duration, seconds, modalities):
     """One view: pictures of a random stretch, and the sound of exactly these seconds (seed, 5.5)."""
-    # unspecified: what fills up a clip that is too short (its last frame, silence)
+    # differs: the sound of a clip that is too short is filled up with silence, as the pictures are with its last frame
     start = rng.uniform(0, max(0.0, duration - seconds))
     return [data.View(start, seconds, "random" if "video" in modalities else None, "audio" in modalities)]
 
@@ -163,7 +164,7 @@ def encoder_config(recipe, inputs, checkpoint=False):
     """The arguments of ViT: what a checkpoint keeps, so that load_encoder builds the same. Positions: 3-D and 2-D sine-cosine (seed)."""
     shapes = {"video": (inputs.frames, inputs.size, inputs.size), "audio": (inputs.n_mels, inputs.mel_frames)}
     patches = {"video": recipe["tubelet"], "audio": recipe["mel_patch"]}
-    # unspecified: whether there is a modality embedding (here there is, as soon as there are two)
+    # differs: a modality embedding as soon as there are two, as in the other scripts; the code has none
     return dict(size=recipe["size"], positions="sincos", checkpoint=checkpoint,
                 **{m: dict(shape=shapes[m], patch=patches[m]) for m in MODALITIES[recipe["modalities"]]})
 
@@ -183,10 +184,11 @@ class Predictor(nn.Module):
     def __init__(self, dim, grids, sets, width, depth, checkpoint=False):
         super().__init__()
         self.embed = nn.ModuleDict({m: nn.Linear(dim, width) for m in grids})
+        # differs: the code's mask tokens begin at zero
         self.mask_tokens = nn.ParameterDict({m: torch.randn(sets, width) * 0.02 for m in grids})
         self.positions = nn.ModuleDict({m: common.Positions(grid, width, "sincos") for m, grid in grids.items()})
         self.transformer = common.Transformer(width, depth, width // 32, 4 * width, checkpoint=checkpoint)
-        self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, dim)     # unspecified: one head for both
+        self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, dim)     # code: one head for both
         self.apply(common.init_weights)
 
     def forward(self, h, masks, s):
@@ -234,13 +236,12 @@ class AVJEPA(nn.Module):
             z = self.target_encoder(video, audio).float()                                       # (B, N, D)
             y = self.split(F.layer_norm(z, z.shape[-1:]))                                       # each (B, N, D)
             for m in self.grids:
-                total = weight[m].sum()
-                mean = (weight[m][:, None] * y[m].mean(1)).sum(0) / total.clamp_min(1e-12)
-                getattr(self, f"mean_{m}").lerp_(mean, max(0.01, 1 / (step + 1)) * (total > 0))
+                common.follow(getattr(self, f"mean_{m}"), y[m].mean(1), weight[m], step)
         # 3 predict: at the hidden tokens of both, from the context of both
         predictions = [self.predictor(x, some, s) for s, (x, some) in enumerate(zip(h, masks))]
         # 4 loss: the mean over the mask sets, and the sum of the two modalities
-        # unspecified: how the two are weighed; so the video's term is that of --modalities video
+        # differs: the code takes one mean over the hidden tokens of both, which leaves 3 to 7 % to the sound; here each has a mean of its
+        # own, so that the video's term is that of --modalities video
         losses, nothing = {}, {}
         for m in self.grids:
             pairs = [(prediction[m].float(), gather(y[m], some[m][1])) for prediction, some in zip(predictions, masks)]
@@ -292,6 +293,7 @@ def prediction_loss(prediction, target, weight):
 def weigh(batches, modalities, process):
     """For each (micro-)batch of a step {modality: (B,)}: the weights of a mean over those clips, of the whole step and all processes, that
     have it: silence is not to be predicted. Times the number of processes, since DDP averages the gradients."""
+    # differs: the code takes another clip for one without sound; here it trains the video's term, its own sound at the floor
     has = [{m: b[f"has_{m}"].float() for m in modalities} for b in batches]
     count = process.total(torch.stack([sum(h[m].sum() for h in has) for m in modalities]))
     return [{m: (h[m] * process.world / max(1.0, n)).to(process.device) for m, n in zip(modalities, count.tolist())} for h in has]
@@ -343,7 +345,7 @@ def main(argv=None):
     if args.compile:
         model.context_encoder.compile(), model.target_encoder.compile()
 
-    def save(step):                                     # weights: unspecified which are evaluated (kin: the teacher's)
+    def save(step):                                     # weights, differs: the code evaluates the teacher's (probe.py --encoder target)
         if process.main:
             common.save_checkpoint(Path(args.out) / "latest.pt", method=METHOD, step=step, steps=steps, args=vars(args), recipe=recipe,
                                    inputs=asdict(inputs), encoder=config, projector=None, weights="context_encoder",
@@ -354,7 +356,7 @@ def main(argv=None):
     names = (*modalities, *(f"{m}/know_nothing" for m in modalities))
     panel = ("loss", *((m, f"{m}/know_nothing") for m in modalities), *(f"rank_{m}" for m in modalities),
              *(f"std_{m}" for m in modalities), "grad_norm", "tau", "lr", "ms_data", "ms_step")
-    began, data_s, logged, collapsed = time.time(), 0.0, start, False
+    began, data_s, logged, collapsed, learnt = time.time(), 0.0, start, False, set()
     draw = functools.partial(draw_masks, args.seed, rank=process.rank, batch=recipe["batch_size"] // process.world, grids=model.grids,
                              recipe=recipe)
     pool = ThreadPoolExecutor(1)                        # draws the masks of the next step (1 ms a clip) while this one computes
@@ -382,7 +384,7 @@ def main(argv=None):
                 loss.backward()
             values = [loss, *(part[name][m] for name in ("losses", "nothing") for m in modalities)]
             parts.append({"values": torch.stack(values).detach(), **part["embedding"]})
-        clip = recipe["clip"] if step >= recipe["warmup"] else math.inf             # unspecified: of all parameters together
+        clip = recipe["clip"] if step >= recipe["warmup"] else math.inf             # differs: of all together, not of each part
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         if process.any(not math.isfinite(loss.item() + grad_norm.item())):
             raise UserError(f"the loss or its gradient is not finite at step {step}; the last good checkpoint in {args.out} is kept; "
@@ -400,6 +402,10 @@ def main(argv=None):
             row.update({"grad_norm": grad_norm.item(), "tau": tau, "lr": lr, "ms_data": 1e3 * data_s / count,
                         "ms_step": 1e3 * seconds / count, **troubles.row()})
             log.write(row, ("step", *panel))
+            learnt |= {m for m in modalities if row[f"{m}/know_nothing"]}
+            if logged - start < 50 <= step + 1 - start and learnt != set(modalities) and process.main:
+                tqdm.write(f"WARNING at step {step}: no clip so far has {' or '.join(set(modalities) - learnt)}, nothing is "
+                           "learnt of it; give another --modalities")
             low = [m for m in modalities if row[f"std_{m}"] < 0.02]
             if low and not collapsed and process.main:
                 tqdm.write(f"COLLAPSE at step {step}: the embeddings' std of {' and '.join(low)} is below .02; lower --lr")

@@ -311,6 +311,13 @@ def ema_update(target, online, tau):
 
 
 @torch.no_grad()
+def follow(mean, x, weight, step):
+    """A running mean (D,) of x (B, D) over the clips whose weight is not 0."""
+    total = weight.sum()
+    mean.lerp_((weight[:, None] * x).sum(0) / total.clamp_min(1e-12), max(0.01, 1 / (step + 1)) * (total > 0))
+
+
+@torch.no_grad()
 def gather_ranks(x):
     """(N, D) of each process -> (sum of N, D), without gradient."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):

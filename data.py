@@ -205,9 +205,11 @@ class Inputs:
         return self.columns or round(self.seconds * self.sample_rate) // self.hop + 1
 
     def at(self, seconds, patch):
-        """The same for views of another length, the mel padded to whole patches of `patch` frames."""
-        other = replace(self, seconds=seconds, columns=None)
-        return self if seconds == self.seconds else replace(other, columns=math.ceil(other.mel_frames / patch) * patch)
+        """The same for views of another length, by the clock; the mel padded to whole patches of `patch` frames, or, where it is
+        interpolated, with as many frames a second as before."""
+        other = replace(self, seconds=seconds, columns=None, frame_rate=None)
+        frames = seconds / self.seconds * self.columns if self.interpolate and self.columns else other.mel_frames
+        return self if seconds == self.seconds else replace(other, columns=math.ceil(frames / patch) * patch)
 
 
 class LogMel(torch.nn.Module):
@@ -229,8 +231,9 @@ class LogMel(torch.nn.Module):
         if not self.interpolate:
             mel = torch.nn.functional.pad(mel, (0, (self.columns or mel.shape[-1]) - mel.shape[-1]))    # or cut, if there are more
         mel = (mel + 1e-6).log() if self.log == "ln" else 10 * mel.clamp_min(1e-10).log10()
-        if self.log == "db_max":                        # unspecified: digital silence, here 0 everywhere, as librosa has it
-            mel = (mel - mel.amax((-2, -1), keepdim=True)).clamp_min(-80)
+        if self.log == "db_max":                        # digital silence lies at the floor, not at the top
+            top = mel.amax((-2, -1), keepdim=True)
+            mel = torch.where(top > -100, mel - top, -80.0).clamp_min(-80)
         if self.interpolate and self.columns not in (None, mel.shape[-1]):
             size = (mel.shape[-2], self.columns)
             mel = torch.nn.functional.interpolate(mel.reshape(1, -1, *mel.shape[-2:]), size, mode="bilinear", antialias=True).reshape(

@@ -51,7 +51,7 @@ RECIPE = {
     "mel_patch":     ((16, 16),              (16, 16),          "A-JEPA: 8 x 64 = 512 tokens (toy: 4 x 12 = 48)"),
     "positions":     ("factorised",          "factorised",      ""),    # unspecified: learned; V-JEPA 2 has rotary ones
     "video_blocks":  (((8, 0.15), (2, 0.7)), ((8, 0.15), (2, 0.7)), "kin: a mask set each: how many, their area of the frame"),
-    "video_aspect":  ((0.75, 1.5),           (0.75, 1.5),       "kin: width over height"),
+    "video_aspect":  ((1 / 1.5, 1 / 0.75),   (0.75, 1.5),       "kin: width over height (its own, height over width: .75 to 1.5)"),
     "audio_scale":   ((0.15, 0.2),           (0.15, 0.2),       "A-JEPA: 4 blocks, their area of the mel"),
     "audio_aspect":  ((0.75, 1.5),           (0.75, 1.5),       "A-JEPA: time over frequency, relative to the grid"),
     "audio_hidden":  ((0.6, 0.75),           (0.6, 0.75),       "A-JEPA: share that the union of the blocks hides"),
@@ -273,7 +273,7 @@ class MJEPA(nn.Module):
             y = {kind: norm_levels(z.pop(kind), dim) for kind in self.kinds}                    # (B, N, L D)
             for name, mean in self.named_buffers(recurse=False):
                 kind = name.split("_")[-1]
-                follow(mean, pooled[kind] if "pooled" in name else y[kind].mean(1), weight[kind], step)
+                common.follow(mean, pooled[kind] if "pooled" in name else y[kind].mean(1), weight[kind], step)
         # 3 predict: within, at the hidden tokens; across, another input as a whole, from what is visible of this one
         losses, nothing = {}, {}
         for term in self.terms:
@@ -318,12 +318,6 @@ def imagine(model, recipe, clips, seed, step):
 def norm_levels(x, dim):
     """Layer norm without affine of each level for itself. (..., L D) -> the same"""
     return F.layer_norm(x.unflatten(-1, (-1, dim)), (dim,)).flatten(-2)
-
-
-def follow(mean, x, weight, step):
-    """A running mean (D,) of x (B, D) over the clips whose weight is not 0."""
-    total = weight.sum()
-    mean.lerp_((weight[:, None] * x).sum(0) / total.clamp_min(1e-12), max(0.01, 1 / (step + 1)) * (total > 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

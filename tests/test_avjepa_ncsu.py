@@ -330,6 +330,13 @@ def test_the_statistics_are_the_mean_and_std_of_each_bin_over_the_middles_of_the
     assert without.n_mels == 0 and without.mel_mean == 0
 
 
+def test_digital_silence_lies_at_the_floor_and_a_view_of_another_length_has_as_many_columns_a_second():
+    inputs = view_inputs()[1]
+    assert (data.LogMel(inputs)(torch.zeros(round(inputs.seconds * inputs.sample_rate))) == -80).all()
+    other = inputs.at(10.0, 16)                         # 90 a second: 900, filled up to whole patches; and by the clock
+    assert (other.columns, other.frame_rate, other.seconds) == (912, None, 10.0) and inputs.at(inputs.seconds, 16) == inputs
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,7 +401,7 @@ def test_a_video_hides_8_blocks_of_15_percent_and_2_of_70_of_one_size_a_step_and
     for s, area in ((0, 0.15 * 196), (1, 0.7 * 196)):
         h, w = np.array(sizes[s]).T
         assert (np.abs(h * w - area) <= h / 2).all()                            # the width is rounded last
-        assert (area >= 0.75 * (h - 0.5) ** 2).all() and ((area <= 1.5 * (h + 0.5) ** 2) | (w == 14)).all()
+        assert (0.75 * area <= (h + 0.5) ** 2).all() and ((1.5 * area >= (h - 0.5) ** 2) | (w == 14)).all()        # height over width
         assert len(set(sizes[s])) > 2                                           # the aspect is drawn, in each step anew
 
 

@@ -148,7 +148,8 @@ def test_each_mask_set_of_a_video_hides_what_its_blocks_cover_but_for_a_few_sing
         assert len(sizes) == 2                                                  # one size for the step, not for each clip or block
         for s, ((blocks, area), (h, w)) in enumerate(zip(paper, sizes)):
             assert abs(h * w - area * total) <= h / 2                           # the width is rounded last
-            assert 0.75 * (h - 0.5) ** 2 <= area * total <= 1.5 * (h + 0.5) ** 2
+            low, high = recipe["video_aspect"]
+            assert low * (h - 0.5) ** 2 <= area * total <= high * (h + 0.5) ** 2
             hidden = hidden_maps(sets[s][1], "v", grids)["video"][:, 0]
             for clip, chosen in zip(hidden, drawn["chosen"][4 * s:4 * s + 4]):
                 assert h * w <= chosen.sum() <= min(total, blocks * h * w)
@@ -827,7 +828,7 @@ def test_the_paper_builds_a_vit_over_1568_and_512_tokens_a_narrow_predictor_and_
 def test_the_paper_recipe_is_the_table_of_the_papers_page():
     recipe = recipe_of()
     expected = dict(size="large", seconds=10.0, video_seconds=4.0, frames=16, image=224, tubelet=(2, 16, 16), mel_patch=(16, 16),
-                    columns=1024, n_mels=128, n_fft=512, hop=160, video_blocks=((8, 0.15), (2, 0.7)), video_aspect=(0.75, 1.5),
+                    columns=1024, n_mels=128, n_fft=512, hop=160, video_blocks=((8, 0.15), (2, 0.7)), video_aspect=(1 / 1.5, 1 / 0.75),
                     audio_scale=(0.15, 0.2), audio_aspect=(0.75, 1.5), audio_hidden=(0.6, 0.75), levels=4, pred_depth=12, pred_dim=384,
                     tau=0.99925, batch_size=512, steps=150_000, lr_start=1e-4, lr=5.25e-4, warmup=12_000, weight_decay=0.04, epochs=None)
     assert {name: recipe[name] for name in expected} == expected and 150_000 == 500 * 300

@@ -1,5 +1,5 @@
 """Small real clips, H.264 + AAC, written once, and the helpers that read back what was put into them."""
-import json, random, sys
+import json, multiprocessing, os, random, runpy, signal, socket, subprocess, sys, tempfile, time, traceback
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,6 +49,70 @@ def write(path, frames=None, wave=None, fps=25, rate=16000, gop=25, video="libx2
         for stream in ([picture] if total_p else []) + ([sound] if total_s else []):
             container.mux(stream.encode(None))
     return path
+
+
+FORK = multiprocessing.get_start_method() == "fork" and not torch.cuda.is_available()
+
+
+def command(words, cwd, ranks=1, seconds=120):
+    """A command line in a process of its own, as subprocess.run has it. Where that is safe, python SCRIPT is forked off this one, which
+    has torch already: three seconds less for each. ranks: as many processes, with the environment that torchrun sets."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if FORK and words[0] == sys.executable and words[1].endswith(".py"):
+            code = fork(words[1:], cwd, out, err, ranks, seconds)
+        else:
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            code = subprocess.run(words, cwd=cwd, stdout=out, stderr=err, timeout=seconds, env=env).returncode
+        shown = [(f.seek(0), f.read().decode(errors="replace"))[1] for f in (out, err)]
+    return subprocess.CompletedProcess(words, code, *shown)
+
+
+def fork(argv, cwd, out, err, ranks, seconds):
+    """The first exit code that is not 0; the other ranks, which would wait for that one, are then ended."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks),
+                 "LOCAL_WORLD_SIZE": str(ranks)}
+    left, code, until = [], 0, time.time() + seconds
+    sys.stdout.flush(), sys.stderr.flush()
+    for rank in range(ranks):
+        left.append(os.fork())
+        if left[-1] == 0:
+            os.environ.update({**where, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            forked(argv, cwd, out, err)
+    try:
+        while left and code == 0:
+            for pid in left[:]:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    left.remove(pid)
+                    code = code or os.waitstatus_to_exitcode(status)
+            assert time.time() < until, f"not done after {seconds} s: {argv}"
+            time.sleep(0.02)
+    finally:
+        for pid in left:
+            os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
+    return code
+
+
+def forked(argv, cwd, out, err):
+    """The forked process: run the script as python would, and end."""
+    code = 1
+    try:
+        multiprocessing.process._children.clear()               # those of the other process
+        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2), os.chdir(cwd)
+        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), argv
+        runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush(), sys.stderr.flush(), data.end_workers()
+        finally:
+            os._exit(code)
 
 
 def tone(frequency, seconds, rate=16000, amplitude=0.5):

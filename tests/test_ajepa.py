@@ -6,7 +6,7 @@ from pathlib import Path
 import ajepa, common, data, probe
 from ajepa import AJEPA, draw_masks, prediction_loss
 from common import Process, UserError
-from conftest import ROOT, StopAfter, same, weights
+from conftest import ROOT, StopAfter, command, same, weights
 
 import numpy as np
 import pytest
@@ -985,7 +985,7 @@ def test_a_checkpoint_of_another_method_or_recipe_is_refused_and_kept(toy, run, 
 
 
 def test_bad_input_as_a_command_exits_with_2_and_no_traceback(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "ajepa.py"), "--mask-ratio", "1.5"], cwd=tmp_path, capture_output=True, text=True)
+    done = command([sys.executable, str(ROOT / "ajepa.py"), "--mask-ratio", "1.5"], tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: --mask-ratio 1.5 is out of range: from 0.01 to 0.99" and "Traceback" not in done.stderr
     assert not any(tmp_path.iterdir())

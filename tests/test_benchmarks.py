@@ -1,8 +1,6 @@
 """Sets of sound alone, views of another length, fine-tuning and features in a file do what they say."""
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import common
 import data
 import probe
 from common import UserError
-from conftest import ROOT, tone, write
+from conftest import ROOT, command, tone, write
 
 TONES = (400, 1100, 3000)                               # Hz, of classes 0, 1, 2
 
@@ -116,9 +114,7 @@ def wavs(tmp_path_factory):
 
 
 def start(*words, cwd):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
-    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+    return command([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], cwd)
 
 
 @pytest.fixture(scope="session")

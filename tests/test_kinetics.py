@@ -1,5 +1,5 @@
 """Kinetics-400 and Something-Something v2: their lists, the several crops of a test view, and a set without sound."""
-import argparse, csv, functools, json, os, subprocess, sys
+import argparse, csv, functools, json, sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, tone
+from conftest import ROOT, command, tone
 
 IDS = ("-0RWZT-miFs", "YxYxYxYxYxY", "a_b_c_d_e_f", "__________Z", "0123456789-", "---_---_---")       # YouTube ids that invite mistakes
 LABELS = ("playing, loudly", "abseiling", "abseiling", "playing, loudly", "zumba", "abseiling")        # zumba is in the second list alone
@@ -318,9 +318,9 @@ def flags(run, name, folder, *more):
     return ["--ckpt", str(run), "--data", name, "--data-dir", str(folder), "--workers", "0", "--device", "cpu", *map(str, more)]
 
 
-def test_a_probe_of_kinetics_is_tested_on_8_x_3_views_by_the_flags_that_a_newcomer_gives(runs, kinetics):
+def test_a_probe_of_kinetics_is_tested_on_8_x_3_views_by_the_flags_that_a_newcomer_gives(runs, kinetics, tmp_path):
     words = [sys.executable, str(ROOT / "probe.py"), *flags(runs["avjepa_lejepa"], "kinetics400", kinetics, "--epochs", 2)]
-    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    done = command([*map(str, words)], tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     row = last_row(runs["avjepa_lejepa"])
     assert (row["views"], row["crops"], row["modality"], row["metric"], row["N"], row["left_out"]) == (8, 3, "av", "top-1", 3, 1)

@@ -1,11 +1,11 @@
 """MJEPA: its masks, its nine terms, its rows of terms, its alarms and its runs, each against a reference of its own."""
-import copy, itertools, json, math, shutil, subprocess, sys
+import copy, itertools, json, math, shutil, sys
 from dataclasses import asdict
 from pathlib import Path
 
 import common, data, mjepa, probe
 from common import Process, UserError
-from conftest import ROOT, StopAfter, same, weights
+from conftest import ROOT, StopAfter, command, same, weights
 from mjepa import CROSS, INTRA, MJEPA, MODALITIES, TERMS, draw_masks
 
 import numpy as np
@@ -1416,7 +1416,7 @@ def test_a_run_with_other_terms_is_refused_and_kept(toy, run, quick):
 
 
 def test_bad_input_as_a_command_exits_with_2_and_no_traceback(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "mjepa.py"), "--cooldown"], cwd=tmp_path, capture_output=True, text=True)
+    done = command([sys.executable, str(ROOT / "mjepa.py"), "--cooldown"], tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip() == "error: --cooldown needs --init, the checkpoint that it starts from"
     assert not any(tmp_path.iterdir())

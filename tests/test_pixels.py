@@ -1,8 +1,8 @@
 """The pixel probe: patches and their order, the decoder, what it is compared with, what the predictors imagine, the command."""
-import itertools, json, math, os, shutil, signal, subprocess, sys
+import itertools, json, math, shutil, signal, sys
 
 import ajepa, avjepa_ncsu, common, data, mjepa, probe
-from conftest import ROOT
+from conftest import ROOT, command
 
 import numpy as np
 import pytest
@@ -256,8 +256,7 @@ def last_row(run):
 @pytest.mark.parametrize("method", ["ajepa", "mjepa"])
 def test_the_command_writes_its_row_and_its_picture(runs, toy, tmp_path, method):
     run = shutil.copytree(runs[method], tmp_path / "run")
-    done = subprocess.run([sys.executable, str(ROOT / "probe.py"), *flags(run, toy)], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = command([sys.executable, str(ROOT / "probe.py"), *map(str, flags(run, toy))], tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     row, modalities = last_row(run), ["audio"] if method == "ajepa" else ["video", "audio"]
     assert row["probe"] == "pixels" and row["modality"] == ("audio" if method == "ajepa" else "av") and row["baseline"] is None

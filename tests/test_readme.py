@@ -1,26 +1,19 @@
 """Every command of the README runs, at tiny size: parsed from it, with flags that shrink it added at its end."""
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import data
-from conftest import ROOT, write
+import probe
+from conftest import FORK, ROOT, command, write
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
@@ -101,61 +94,10 @@ def write_sounds(place):
         (truth / f"{part}.csv").write_text("fname,labels,mids" + ",split" * (part == "dev") + "\n" + "\n".join(lines) + "\n")
 
 
-FORK = multiprocessing.get_start_method() == "fork" and not torch.cuda.is_available()
-
-
-def run(words, cwd, seconds=120, ranks=1):
-    """A command line in a process of its own: (exit code, what it printed). Where that is safe, python SCRIPT is forked off this one,
-    which has torch already: three seconds less for each command. ranks: as many processes, with the environment that torchrun sets."""
-    with tempfile.TemporaryFile() as output:
-        if FORK and words[0] == sys.executable and words[1].endswith(".py"):
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks),
-                         "LOCAL_WORLD_SIZE": str(ranks)}
-            left, code, until = [], 0, time.time() + seconds
-            for rank in range(ranks):
-                left.append(os.fork())
-                if left[-1] == 0:
-                    os.environ.update({**where, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
-                    forked(words[1:], cwd, output)
-            try:
-                while left and code == 0:                # where one rank fails the others would wait for it
-                    for pid in left[:]:
-                        ended, status = os.waitpid(pid, os.WNOHANG)
-                        if ended:
-                            left.remove(pid)
-                            code = code or os.waitstatus_to_exitcode(status)
-                    assert time.time() < until, f"not done after {seconds} s: {words}"
-                    time.sleep(0.02)
-            finally:
-                for pid in left:
-                    os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
-        else:
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            code = subprocess.run(words, cwd=cwd, stdout=output, stderr=output, timeout=seconds, env=env).returncode
-        output.seek(0)
-        return code, output.read().decode(errors="replace")
-
-
-def forked(argv, cwd, output):
-    """The forked process: run the script as python would, and end."""
-    code = 1
-    try:
-        multiprocessing.process._children.clear()               # those of the other process
-        os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2), os.chdir(cwd)
-        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), argv
-        runpy.run_path(argv[0], run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        try:
-            sys.stdout.flush(), sys.stderr.flush(), data.end_workers()
-        finally:
-            os._exit(code)
+def run(words, cwd, ranks=1):
+    """A command line in processes of its own: (exit code, what it printed)."""
+    done = command(words, cwd, ranks=ranks)
+    return done.returncode, done.stdout + done.stderr
 
 
 def train(place, folder):
@@ -172,7 +114,7 @@ def test_the_readme_has_the_commands_that_a_newcomer_needs():
                   "python mjepa.py", "torchrun --nproc_per_node=8 mjepa.py --data audioset", "python reproduce.py cross-modal",
                   "python avjepa_ncsu.py", "torchrun --nproc_per_node=8 avjepa_ncsu.py --data kinetics400", "python reproduce.py sound",
                   "python probe.py", "python retrieval.py", "python data.py", "python -m pytest"):
-        assert any(command.startswith(start) for command in COMMANDS), start
+        assert any(line.startswith(start) for line in COMMANDS), start
 
 
 def test_two_commands_do_all_the_set_up():
@@ -180,13 +122,15 @@ def test_two_commands_do_all_the_set_up():
     assert first == ".venv/bin/python avjepa_lejepa.py" and second == ".venv/bin/python -m pytest -q"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c])
-def test_command_of_the_readme_runs(place, command):
-    words = shlex.split(command)
+@pytest.mark.parametrize("line", [c for c in COMMANDS if "pytest" not in c])
+def test_command_of_the_readme_runs(place, line, monkeypatch):
+    # the probes at the end of a toy run: of two epochs, not of 2,000 steps (where the command is forked off this process)
+    monkeypatch.setattr(probe, "frozen_schedule", lambda clips, most=512: (min(most, max(2, clips // 8)), 2))
+    words = shlex.split(line)
     script = next(word for word in words if word.endswith(".py"))
     words[words.index(script)] = str(ROOT / script)
     ranks = 1
-    if words[0] == "torchrun" and FORK and command != next(c for c in COMMANDS if c.startswith("torchrun")):       # one of them as it is
+    if words[0] == "torchrun" and FORK and line != next(c for c in COMMANDS if c.startswith("torchrun")):       # one of them as it is
         words, ranks = [sys.executable, *words[words.index(str(ROOT / script)):]], 2
     elif words[0] == "torchrun":
         port = 20000 + os.getpid() % 20000
@@ -194,19 +138,19 @@ def test_command_of_the_readme_runs(place, command):
         words[0:1] = [sys.executable, "-m", "torch.distributed.run"]
     else:
         words[0] = sys.executable
-    for folder in re.findall(r"--(?:ckpt|init) (\S+)", command):
+    for folder in re.findall(r"--(?:ckpt|init) (\S+)", line):
         train(place, folder)
     words = [*("2" if words[i - 1] == "--accumulate" else w for i, w in enumerate(words)), *SHRINK[script].split()]
-    if SHRINK[script] == TRAIN and "--out" not in command:
+    if SHRINK[script] == TRAIN and "--out" not in line:
         words += ["--fresh"]
-    if "probe.py" in script and "--save-features" not in command:
-        words += ["--epochs", "1", "--batch-size", "4", *(() if "finetune" in command else ("--lr", "1e-3"))]
-    if "probe.py" in script and "pixels" not in command:
+    if "probe.py" in script and "--save-features" not in line:
+        words += ["--epochs", "1", "--batch-size", "4", *(() if "finetune" in line else ("--lr", "1e-3"))]
+    if "probe.py" in script and "pixels" not in line:
         words += ["--views", "1"]
     code, shown = run(words, place, ranks=ranks)
     assert code == 0, shown[-2000:]
     assert "Traceback" not in shown
-    assert f"{max(2, ranks) if command.startswith('torchrun') else 1} x cpu" in shown or SHRINK[script] != TRAIN
+    assert f"{max(2, ranks) if line.startswith('torchrun') else 1} x cpu" in shown or SHRINK[script] != TRAIN
 
 
 def test_the_five_lines_of_the_readme_run(place):
@@ -221,7 +165,7 @@ def test_every_file_and_flag_that_the_readme_names_exists():
     for name in re.findall(r"`(\w+\.py)`", README):
         assert (ROOT / name).is_file(), name
     sources = "".join((ROOT / f).read_text() for f in SHRINK) + (ROOT / "common.py").read_text()
-    for command in COMMANDS:
-        for flag in re.findall(r"\.py\b.*", command):
+    for line in COMMANDS:
+        for flag in re.findall(r"\.py\b.*", line):
             for name in re.findall(r"(?<!\S)(--[a-z-]+)", flag):
                 assert f'"{name}"' in sources, name

@@ -359,7 +359,7 @@ def main(argv=None):
     began, data_s, logged, collapsed, learnt = time.time(), 0.0, start, False, set()
     draw = functools.partial(draw_masks, args.seed, rank=process.rank, batch=recipe["batch_size"] // process.world, grids=model.grids,
                              recipe=recipe)
-    pool = ThreadPoolExecutor(1)                        # draws the masks of the next step (1 ms a clip) while this one computes
+    pool = ThreadPoolExecutor(1)                        # draws the masks of the next step (.3 ms a clip) while this one computes
     ahead = pool.submit(draw, start)
     for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=not process.main):
         lr = common.warmup_cosine(step, schedule, recipe["warmup"], recipe["lr"], recipe["lr_start"], recipe["lr_end"])

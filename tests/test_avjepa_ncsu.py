@@ -6,7 +6,7 @@ from pathlib import Path
 import avjepa_ncsu, common, data, probe
 from avjepa_ncsu import AVJEPA, MODALITIES, draw_masks
 from common import Process, UserError
-from conftest import ROOT, StopAfter, same, weights
+from conftest import ROOT, StopAfter, same, weights, write
 
 import numpy as np
 import pytest
@@ -1413,6 +1413,15 @@ def test_a_run_of_another_method_or_of_other_modalities_or_masks_is_refused_and_
         code, lines = guarded(capsys, ["--data-dir", str(toy), "--out", str(folder), "--batch-size", "4", "--steps", "4", *LITTLE, *more])
         assert code == 2 and len(lines) == 1 and sentence in lines[0]
         assert (folder / "latest.pt").read_bytes() == before
+
+
+def test_a_modality_that_no_clip_has_is_named_once(tmp_path, capsys):
+    for i in range(4):
+        write(tmp_path / f"{i}.wav", wave=0.1 * np.random.default_rng(i).standard_normal(32000), audio="pcm_s16le")
+    avjepa_ncsu.main(["--data", "folder", "--data-dir", str(tmp_path), "--recipe", "toy", "--modalities", "video", "--steps", "60",
+                      "--size", "nano", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")])
+    shown = "".join(capsys.readouterr())
+    assert shown.count("WARNING at step 49: no clip so far has video, nothing is learnt of it; give another --modalities") == 1
 
 
 def test_bad_input_as_a_command_exits_with_2_and_no_traceback(tmp_path):

@@ -107,8 +107,16 @@ class AttentiveHead(nn.Module):
         self.transformer = common.Transformer(dim, blocks, heads, 4 * dim).apply(common.init_weights)
 
     def forward(self, tokens, embedding):
-        x = self.norm(self.transformer(tokens))                                     # (B, N, D)
-        return self.linear(self.attend(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0][:, 0])
+        # What self.attend(query, norm(x), norm(x)) returns, in another order, which is exact for a single query: the keys' matrix meets
+        # the query, the values' matrix the mean, and no matrix all the tokens (toy: a tenth of the time)
+        x, norm, heads = F.layer_norm(self.transformer(tokens), self.norm.normalized_shape, eps=self.norm.eps), self.norm, self.attend.num_heads
+        w, bias = (part.unflatten(0, (3, heads, -1)) for part in (self.attend.in_proj_weight, self.attend.in_proj_bias))
+        q = torch.einsum("hde,e->hd", w[0], self.query[0, 0]) + bias[0]             # (H, d)
+        k = torch.einsum("hd,hde->he", q, w[1]) / q.shape[1] ** 0.5                 # (H, D); its bias cancels in the softmax
+        a = (x @ (norm.weight * k).T).softmax(1)                                    # (B, N, H)
+        y = a.transpose(1, 2) @ x * norm.weight + norm.bias                         # (B, H, D)
+        v = torch.einsum("bhe,hde->bhd", y, w[2]) + bias[2]                         # (B, H, d)
+        return self.linear(self.attend.out_proj(v.flatten(1)))
 
 
 # MJEPA's "cross-attention + 4 blocks + linear"; unspecified: the order, here the blocks first, as in V-JEPA 2

@@ -278,6 +278,19 @@ def test_the_attentive_heads_are_blocks_a_query_and_a_linear_map(blocks):
     torch.testing.assert_close(head(tokens, None), torch.stack(rows), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_the_single_query_has_the_output_and_the_gradients_of_the_library_s_attention(blocks):
+    head, tokens = probe.AttentiveHead(128, 5, blocks), torch.randn(3, 7, 128, requires_grad=True)
+    for p in head.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x = head.norm(head.transformer(tokens))
+    wanted = head.linear(head.attend(head.query.expand(3, -1, -1), x, x)[0][:, 0])
+    got, learnt = head(tokens, None), [tokens, *head.parameters()]
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    for one, other in zip(*(torch.autograd.grad(out.square().mean(), learnt) for out in (got, wanted)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4 * other.abs().max().item() + 1e-6, rtol=1e-4)
+
+
 def test_a_head_with_blocks_finds_what_stands_in_the_relation_of_two_tokens():
     """The class is whether two tokens agree: neither of them alone tells it."""
     g = torch.Generator().manual_seed(0)

@@ -257,7 +257,8 @@ def main(argv=None):
             return
     stop.release()
     if process.main:
-        common.draw_curves(args.out, PANEL, f"AV-JEPA, {args.data}, seed {args.seed}, {steps} steps")
+        common.draw_curves(f"{args.out}/curves.png", {"": common.read_log(args.out)},
+                           f"AV-JEPA, {args.data}, seed {args.seed}, {steps} steps")
         print(f"trained {steps:,} steps: {args.out}/latest.pt, log.jsonl, curves.png")
         if args.data == "toy":
             probe.toy_report(args.out, args.data_dir, process, workers)

@@ -55,8 +55,12 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, mlp), nn.Linear(mlp, dim)
         self.dropout = nn.Dropout(dropout)
 
+    def split(self, x):
+        """(B, N, D) -> queries, keys, values: (3, B, heads, N, d)"""
+        return self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
     def forward(self, x, mask=None):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        q, k, v = self.split(x)                                                                     # each (B, heads, N, d)
         y = attention(q, k, v, mask).transpose(1, 2).flatten(2)                                     # (B, N, D)
         x = x + self.dropout(self.proj(y))
         return x + self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(self.norm2(x))))))
@@ -196,18 +200,31 @@ class ViT(nn.Module):
                 tokens.append(t if self.modality is None else t + self.modality[which])
         return torch.cat(tokens, 1)
 
+    def start(self, x):
+        """Tokens (B, N, D) -> what the first block is given, CLS first: (B, [1 +] N, D)"""
+        x = x if self.cls is None else torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+        return self.dropout(self.norm_in(x))
+
     def forward(self, video=None, audio=None, visible=None, mask=None, layers=None, tokens=None):
         """video (B, 3, T, H, W) and/or audio (B, 1, F, T), or their tokens (B, N, dim) of `embed`; visible (B, K): the indices of the
         tokens to run; mask: of `attention`. Returns (B, [1 +] N or K, dim), CLS first; with layers (indices of blocks) their outputs side
         by side, each through its own norm or, where it has none, the last one: (B, [1 +] N or K, len(layers) dim)."""
         x = self.embed(video, audio) if tokens is None else tokens                          # (B, N, D)
-        x = x if visible is None else gather(x, visible)                                    # (B, K, D)
-        x = x if self.cls is None else torch.cat([self.cls.expand(len(x), -1, -1), x], 1)   # (B, 1 + N, D)
-        x = self.transformer(self.dropout(self.norm_in(x)), mask, layers)
+        x = self.start(x if visible is None else gather(x, visible))                        # (B, [1 +] K, D)
+        x = self.transformer(x, mask, layers)
         if layers is None:
             return self.norm_out(x)
         # unspecified (A-JEPA, features of several layers): whether and how the inner layers are normed
         return torch.cat([(self.norms[str(n)] if str(n) in self.norms else self.norm_out)(h) for n, h in zip(layers, x)], -1)
+
+    def attention_weights(self, video=None, audio=None, layer=-1):
+        """How much each token (rows) attends to each in block number `layer`: (B, heads, [1 +] N, [1 +] N), rows sum to 1. For looking at
+        one layer: the explicit softmax, which the forward pass never makes."""
+        x, blocks = self.start(self.embed(video, audio)), self.transformer.blocks
+        for block in blocks[:layer % len(blocks)]:
+            x = block(x)
+        q, k, _ = blocks[layer].split(x).float()                                            # each (B, heads, N, d)
+        return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
 
     def read_out(self, x, video=True, audio=True):
         """The output of `forward` on all tokens -> (tokens of the modalities that were given, clip embedding (B, D)): CLS where
@@ -723,25 +740,49 @@ def add_row(ckpt, name, row):
         raise UserError(f"{file}: the result above could not be written there ({e.strerror})") from None
 
 
-def draw_curves(out, names, title):
-    """curves.png: a small plot for each named column of the log, over the steps; of a pair of names the second is dashed."""
+LINES = (("k", "-", "o"), ("0.6", "--", "s"), ("0.35", "-.", "^"), ("0.5", ":", "D"), ("0.75", "-", "v"), ("0.2", "--", "x"))
+LOSSES = ("loss", "know_nothing", "invariance", "sigreg", "sigreg/N")
+
+
+def draw_curves(path, runs, title):
+    """A picture with a small plot for each column of the logs over the steps: the losses, and the loss of a predictor that knows nothing
+    beside its own, thin and dotted; then what tells a healthy run. runs: {label: rows of read_log}, of any methods."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = read_log(out)
-    height = 2 if len(names) <= 12 else 4
-    width = math.ceil(len(names) / height)
-    fig, axes = plt.subplots(height, width, figsize=(3.2 * width, 2.5 * height), squeeze=False)
-    for ax, pair in zip(axes.flat, ((name,) if isinstance(name, str) else name for name in names)):
-        for name, line in zip(pair, ("k-", "k--")):
-            ax.plot([r["step"] for r in rows if name in r], [r[name] for r in rows if name in r], line, lw=1)
-        ax.set(title=pair[0], xlabel="step")
-        ax.grid(alpha=0.3)
-    for ax in list(axes.flat)[len(names):]:
-        ax.axis("off")
-    fig.suptitle(title)
-    fig.tight_layout()
-    fig.savefig(Path(out) / "curves.png", dpi=110)
+    # a column that is always 0 counts troubles that never came
+    columns = dict.fromkeys(key for rows in runs.values() for row in rows for key in row if row[key] and key != "step")
+    losses = [c for c in columns if c in LOSSES or f"{c}/know_nothing" in columns]
+    panels = {"losses": [c for c in losses if c != "know_nothing"],
+              "health": [c for c in columns if c not in losses and not c.endswith("/know_nothing")]}
+    panels = {name: some for name, some in panels.items() if some}
+    width = min(6, max(map(len, panels.values())))
+    heights = [math.ceil(len(some) / width) for some in panels.values()]
+    many = len(runs) > 1
+    fig = plt.figure(figsize=(0.4 + 2.9 * width, 0.9 + 0.25 * len(runs) + 2.3 * sum(heights)), layout="constrained")
+    fig.suptitle(title, parse_math=False)
+    for block, (name, some), height in zip(np.atleast_1d(fig.subfigures(len(panels), 1, height_ratios=heights)), panels.items(), heights):
+        axes = list(block.subplots(height, width, squeeze=False).flat)
+        for ax, column in zip(axes, some):
+            thin = "know_nothing" if column == "loss" else f"{column}/know_nothing"
+            for number, rows in enumerate(runs.values()):
+                color, dash, marker = LINES[number % len(LINES)]
+                for key, how in ((column, dict(ls=dash, marker=marker if many else None, ms=3, lw=1.2)), (thin, dict(ls=":", lw=0.8))):
+                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+                    if points:
+                        ax.plot(*zip(*points), color=color, markevery=max(1, len(points) // 6), **how)
+            ax.set_title(f"{column}, ms" if column.startswith("ms_") else column, fontsize=9)
+            ax.set_xlabel("step", fontsize=8)
+            ax.tick_params(labelsize=8)
+            ax.grid(alpha=0.3)
+        for ax in axes[len(some):]:
+            ax.axis("off")
+        block.supylabel(name)
+    if many:
+        handles = [plt.Line2D([], [], color=LINES[n % len(LINES)][0], ls=LINES[n % len(LINES)][1], marker=LINES[n % len(LINES)][2])
+                   for n in range(len(runs))]
+        fig.legend(handles, runs, loc="outside lower center", fontsize=9)
+    fig.savefig(path, dpi=110)
     plt.close(fig)
 
 

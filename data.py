@@ -62,17 +62,12 @@ def _read_windows(path, plan, num_frames, size, sample_rate, frame_rate):
     if os.path.getsize(path) == 0:
         raise ClipError(f"{path}: the file is empty")
     with av.open(path, metadata_errors="replace") as container:
-        # A truncated file can have streams without a codec: touching those crashes. An album cover is no video.
-        streams = [s for s in container.streams if s.type in ("video", "audio") and s.codec_context is not None]
-        cover = av.stream.Disposition.attached_pic
-        video = next((s for s in streams if s.type == "video" and not s.disposition & cover), None)
-        audio = next((s for s in streams if s.type == "audio"), None)
+        video, audio = find_streams(container)
         origin = (container.start_time or 0) / av.time_base
         duration = (container.duration or 0) / av.time_base
         if duration <= 0:                                               # a container without an index, a raw stream
-            duration = max((float(s.duration * s.time_base) for s in streams if s.duration), default=0.0)
-        own = float(video.average_rate or 0) if frame_rate and video is not None else 0.0
-        stretch = frame_rate / own if 1 <= own <= 240 else 1.0          # without pictures, or with a wrong header: plain seconds
+            duration = max((float(s.duration * s.time_base) for s in (video, audio) if s is not None and s.duration), default=0.0)
+        stretch = time_stretch(video, frame_rate)
         video_windows, audio_windows = ([(start * stretch, seconds * stretch) for start, seconds in w] for w in plan(duration / stretch))
         chosen = [s for s in (video if video_windows else None, audio if audio_windows else None) if s is not None]
 
@@ -105,7 +100,7 @@ def _read_windows(path, plan, num_frames, size, sample_rate, frame_rate):
                     while k < len(wanted) and wanted[k][0] < time - 1e-6:       # what was on screen until now
                         shown = shown or [frame, None]
                         if shown[1] is None:
-                            shown[1] = _picture(shown[0], size, reformatter)
+                            shown[1] = picture(shown[0], size, reformatter)
                         pictures[wanted[k][1:]] = shown[1]
                         k += 1
                     shown, video_span = [frame, None], [min(video_span[0], time), time + float(1 / (video.average_rate or 10))]
@@ -127,12 +122,12 @@ def _read_windows(path, plan, num_frames, size, sample_rate, frame_rate):
                 break
         if shown is not None:                                           # wanted after the last frame: it stays on screen
             for _, *place in wanted[k:]:
-                shown[1] = _picture(shown[0], size, reformatter) if shown[1] is None else shown[1]
+                shown[1] = picture(shown[0], size, reformatter) if shown[1] is None else shown[1]
                 pictures[tuple(place)] = shown[1]
 
     has_video = bool(pictures) if video_windows else video is not None
     has_audio = audio is not None and (bool(sound) or sought or not audio_windows)      # its sound may end before the place sought
-    if not streams or chosen and not (pictures or sound):
+    if (video, audio) == (None, None) or chosen and not (pictures or sound):
         raise ClipError(f"{path}: nothing in it decodes (no video frame, no sound)")
     blank = np.zeros((size, size, 3), np.uint8)
     waves, short = [], bool(pictures) and (video_span[0] > min(video_windows)[0] + 0.1 or video_span[1] < video_end - 0.1)
@@ -152,18 +147,34 @@ def _read_windows(path, plan, num_frames, size, sample_rate, frame_rate):
             "audio": waves, "has_video": has_video, "has_audio": has_audio, "short": bool(short), "duration": duration}
 
 
-def _picture(frame, size, reformatter):
+def find_streams(container):
+    """(video, audio) of an open container, None for what it lacks."""
+    # A truncated file can have streams without a codec: touching those crashes. An album cover is no video.
+    streams = [s for s in container.streams if s.type in ("video", "audio") and s.codec_context is not None]
+    cover = av.stream.Disposition.attached_pic
+    video = next((s for s in streams if s.type == "video" and not s.disposition & cover), None)
+    return video, next((s for s in streams if s.type == "audio"), None)
+
+
+def time_stretch(video, frame_rate):
+    """Seconds of the clip's clock in one that counts `frame_rate` of its frames; 1 without a frame_rate, without pictures (None), or
+    with a wrong header."""
+    own = float(video.average_rate or 0) if frame_rate and video is not None else 0.0
+    return frame_rate / own if 1 <= own <= 240 else 1.0
+
+
+def picture(frame, size, reformatter):
     """A decoded frame as (H, W, 3) uint8: short side `size`, turned upright."""
     scale = size / min(frame.width, frame.height)
     frame_rgb = reformatter.reformat(frame, max(size, round(frame.width * scale)), max(size, round(frame.height * scale)),
                                      "rgb24", threads=1)
-    picture, matrix = frame_rgb.to_ndarray(), frame.side_data.get("DISPLAYMATRIX")
+    upright, matrix = frame_rgb.to_ndarray(), frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:                                              # a phone held upright, or its front camera's mirror
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]             # a point (x, y) is shown at (a x + c y, b x + d y)
         turned = abs(b) > abs(a)
-        picture = picture.transpose(1, 0, 2) if turned else picture
-        picture = picture[::-1 if (b if turned else d) < 0 else 1, ::-1 if (c if turned else a) < 0 else 1]
-    return np.ascontiguousarray(picture)
+        upright = upright.transpose(1, 0, 2) if turned else upright
+        upright = upright[::-1 if (b if turned else d) < 0 else 1, ::-1 if (c if turned else a) < 0 else 1]
+    return np.ascontiguousarray(upright)
 
 
 def read_clip(path, start=0.0, seconds=10.0, num_frames=16, size=224, sample_rate=16000):
@@ -371,15 +382,24 @@ def load_clip(path, inputs, start=None):
     def middle(duration):
         begin = max(0.0, duration - inputs.seconds) / 2 if start is None else start
         seconds = inputs.video_seconds or inputs.seconds                        # the pictures: the middle of the sound
-        return ([(begin + max(0.0, min(inputs.seconds, duration - begin) - seconds) / 2, seconds)] if inputs.frames else [],
-                [(begin, inputs.seconds)] if inputs.n_mels else [])
+        return [(begin + max(0.0, min(inputs.seconds, duration - begin) - seconds) / 2, seconds)], [(begin, inputs.seconds)]
 
-    clip, out = read_windows(path, middle, inputs.frames, inputs.resize, inputs.sample_rate, inputs.frame_rate), {}
+    return load_views(path, inputs, middle)
+
+
+def load_views(path, inputs, plan):
+    """load_clip for several views: video (V, 3, T, H, W), audio (V, 1, F, T) of the windows that plan(duration) asks for, as that of
+    read_windows."""
+    def taken(duration):
+        pictures, sounds = plan(duration)
+        return pictures if inputs.frames else [], sounds if inputs.n_mels else []
+
+    clip, out = read_windows(path, taken, inputs.frames, inputs.resize, inputs.sample_rate, inputs.frame_rate), {}
     if clip["has_video"] and inputs.frames:
-        frames = torch.from_numpy(clip["video"][0]).permute(0, 3, 1, 2)                         # (T, 3, H, W)
-        out["video"] = normalize_video(crop_transform(inputs, "center")(frames).transpose(0, 1)[None])
+        frames = torch.from_numpy(np.stack(clip["video"])).permute(0, 1, 4, 2, 3)               # (V, T, 3, H, W)
+        out["video"] = normalize_video(crop_transform(inputs, "center")(frames).transpose(1, 2))
     if clip["has_audio"] and inputs.n_mels:
-        out["audio"] = LogMel(inputs)(torch.from_numpy(clip["audio"][0]))[None]
+        out["audio"] = LogMel(inputs)(torch.from_numpy(np.stack(clip["audio"])))
     return out
 
 
@@ -527,7 +547,7 @@ def _rows(path, **form):
     return rows
 
 
-def _columns(path, *names):
+def read_columns(path, *names):
     """The named columns of a csv with a header, as a list of tuples."""
     header, *rows = _rows(path)
     try:
@@ -617,7 +637,7 @@ def _kinetics_rows(path):
     """A list of Kinetics: (is it the official csv, [(<id>_<start>_<end>, or a path, and the label)])."""
     rows, columns = [row[0] for row in _rows(path, **WHOLE)], ("label", "youtube_id", "time_start", "time_end")
     if set(columns) & set(next(csv.reader(rows[:1], skipinitialspace=True))):
-        rows = _columns(path, *columns)
+        rows = read_columns(path, *columns)
         if not rows:
             raise UserError(f"{path}: the csv holds nothing but its header; take the data set's own csv")
         try:
@@ -688,7 +708,7 @@ def _json(folder, part):
 def _list_esc50(name, folder, split):
     """All 2,000 clips, whatever the split: the set is tested fold by fold."""
     path = folder / "meta" / "esc50.csv"
-    rows = _columns(path, "filename", "fold", "target", "category")
+    rows = read_columns(path, "filename", "fold", "target", "category")
     if any(not (row[1].isdecimal() and row[2].isdecimal() and int(row[1]) < 100) for row in rows):
         raise UserError(f"{path}: a fold or target is not a whole number; take the data set's own csv")
     rows = [(os.path.splitext(f)[0], int(fold), int(target), c) for f, fold, target, c in rows]
@@ -729,7 +749,7 @@ def _list_fsd50k(name, folder, split):
     except (IndexError, ValueError):
         raise UserError(f"{truth / 'vocabulary.csv'}: a row is not of the form index,label,mid, or an index is missing; take the data "
                         "set's own csv") from None
-    rows = _columns(truth / f"{part}.csv", "fname", "labels", *(["split"] if part == "dev" else []))
+    rows = read_columns(truth / f"{part}.csv", "fname", "labels", *(["split"] if part == "dev" else []))
     unknown = [c for row in rows for c in row[1].split(",") if c not in number]
     if unknown:
         raise UserError(f"{truth / part}.csv: unknown class {unknown[0]!r}; vocabulary.csv does not list it")
@@ -900,16 +920,18 @@ def toy_clip(seed, split, index):
     floor, height = rng.uniform(0.75, 0.88), rng.uniform(0.3, 0.5)
     y = floor - height * 4 * u * (1 - u)                        # parabolas: on the floor at each onset
     silent = bool(rng.integers(2))
-    frames = _toy_background(rng, t)
+    frames, other_place = _toy_background(rng, t), np.full((len(t), 2), np.nan)
     if silent:
         other = (label + rng.integers(1, len(TOY_CLASSES))) % len(TOY_CLASSES)
         sx, sy = (_reflect(rng.uniform(0.2, 0.8) + rng.uniform(-0.12, 0.12) * t) for _ in range(2))
         frames = _toy_draw(frames, sx, sy, TOY["side"] * 0.27 * 3 ** (-rng.uniform(0, 1)), _toy_color(rng, other), rng.integers(4))
+        other_place = np.stack([sx, sy], 1)
     frames = _toy_draw(frames, x, y, radius, _toy_color(rng, label), rng.integers(4))
     frames = frames * np.float32(rng.uniform(0.6, 1.0)) + 6 * rng.standard_normal(frames.shape, np.float32)
     wave = _toy_sound(rng, label, pitch, onsets)
     return (frames.clip(0, 255).astype(np.uint8), wave,
-            {"label": label, "octave": octave, "period": period, "silent": silent, "place": np.stack([x, y], 1)})
+            {"label": label, "octave": octave, "period": period, "silent": silent, "place": np.stack([x, y], 1),
+             "silent_place": other_place})
 
 
 def _reflect(x):
@@ -1019,8 +1041,8 @@ class _ToyWriter(Dataset):
 
 def make_toy(folder):
     """Write the toy clips, once: <split>/<number>.mp4, and truth.npz beside them with label, octave (of pitch and of 1/size),
-    period (s between bounces), silent (is there a silent object) and place (N, T, 2), the sounding object's x and y in
-    [0, 1] at the middle of each frame. The folder appears under its name only when it is whole."""
+    period (s between bounces), silent (is there a silent object), place (N, T, 2), the sounding object's x and y in [0, 1] at the
+    middle of each frame, and silent_place, the silent one's (NaN without). The folder appears under its name only when it is whole."""
     folder, world = Path(folder), json.dumps(TOY, sort_keys=True)
     if (folder / "world.json").is_file():
         if (folder / "world.json").read_text() != world:

@@ -109,8 +109,9 @@ class AttentiveHead(nn.Module):
     def forward(self, tokens, embedding):
         # What self.attend(query, norm(x), norm(x)) returns, in another order, which is exact for a single query: the keys' matrix meets
         # the query, the values' matrix the mean, and no matrix all the tokens (toy: a tenth of the time)
-        x, norm, heads = F.layer_norm(self.transformer(tokens), self.norm.normalized_shape, eps=self.norm.eps), self.norm, self.attend.num_heads
-        w, bias = (part.unflatten(0, (3, heads, -1)) for part in (self.attend.in_proj_weight, self.attend.in_proj_bias))
+        norm, parts = self.norm, (self.attend.in_proj_weight, self.attend.in_proj_bias)
+        x = F.layer_norm(self.transformer(tokens), norm.normalized_shape, eps=norm.eps)         # (B, N, D)
+        w, bias = (part.unflatten(0, (3, self.attend.num_heads, -1)) for part in parts)         # (3, H, d, D), (3, H, d)
         q = torch.einsum("hde,e->hd", w[0], self.query[0, 0]) + bias[0]             # (H, d)
         k = torch.einsum("hd,hde->he", q, w[1]) / q.shape[1] ** 0.5                 # (H, D); its bias cancels in the softmax
         a = (x @ (norm.weight * k).T).softmax(1)                                    # (B, N, H)
@@ -419,24 +420,36 @@ def toy_report(run, data_dir, process, workers):
 # Features in a file
 # ---------------------------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def encode_clips(encoder, listing, inputs, modalities, views, process, workers, label="features", batch=32):
+    """A batch at a time, of the clips that have all that the modalities need: (index (B,), inputs {"video" or "audio": (B views, ...)},
+    {modality: (tokens (B views, N, D), embedding (B views, D))}). The others are named."""
+    keys, troubles = list(dict.fromkeys(key for m in modalities for key in MODALITIES[m])), data.Troubles(len(listing))
+    plan = functools.partial(data.even_views, views, inputs, video="video" in keys, audio="audio" in keys)
+    for b in data.eval_batches(listing, inputs, plan, max(1, batch // views), workers, troubles, label):
+        has = torch.stack([b[f"has_{key}"] for key in keys]).all(0)                             # (B,)
+        troubles.name([f"{listing.path(i)}: has no {' or no '.join(keys)}" for i in b["index"][~has].tolist()])
+        if has.any():
+            b = data.to_device({key: b[key] for key in (*keys, "index")}, process.device)
+            given = {key: b[key][has.repeat_interleave(views).to(process.device)] for key in keys}
+            with process.autocast():
+                made = {m: encoder(**pick(given, m)) for m in modalities}
+            yield b["index"][has], given, made
+
+
 def save_features(args, encoder, listing, inputs, process, workers):
     """Embed each clip of a listing and write args.save_features, as the top of this file says. Clips that cannot be read, or lack a
     stream that the modality needs, are left out, named and counted."""
-    out, keys = Path(args.save_features), MODALITIES[args.modality]
-    plan = functools.partial(data.even_views, args.views, inputs, video="video" in keys, audio="audio" in keys)
-    index, clip, patch, troubles = [], [], [], data.Troubles(len(listing))
-    for b in data.eval_batches(listing, inputs, plan, max(1, 32 // args.views), workers, troubles, "features"):
-        has = torch.stack([b[f"has_{key}"] for key in keys]).all(0)                             # (B,)
-        troubles.name([f"{listing.path(i)}: has no {' or no '.join(keys)}" for i in b["index"][~has].tolist()])
-        index.append(b["index"][has])
-        with torch.no_grad(), process.autocast():
-            tokens, embedding = encoder(**pick(data.to_device(b, process.device), args.modality))
-        clip.append(embedding.float().unflatten(0, (-1, args.views)).mean(1).cpu()[has])        # (B, D)
+    out, keys, index, clip, patch = Path(args.save_features), MODALITIES[args.modality], [], [], []
+    for some, _, made in encode_clips(encoder, listing, inputs, [args.modality], args.views, process, workers):
+        tokens, embedding = made[args.modality]
+        index.append(some)
+        clip.append(embedding.float().unflatten(0, (-1, args.views)).mean(1).cpu())             # (B, D)
         if args.patch_level:
-            patch.append(tokens.half().unflatten(0, (-1, args.views)).cpu()[has])               # (B, views, N, D)
-    index = torch.cat(index)
-    if not len(index):
+            patch.append(tokens.half().unflatten(0, (-1, args.views)).cpu())                    # (B, views, N, D)
+    if not index:
         raise UserError(f"{listing.name}: no clip has all of {', '.join(keys)}; give another --modality")
+    index = torch.cat(index)
     arrays = {"files": np.array([os.fsdecode(bytes(listing.files[i])) for i in index]), "seconds": np.float64(inputs.seconds),
               "clip": torch.cat(clip).numpy(), **({"patch": torch.cat(patch).numpy()} if patch else {})}
     if listing.labels is not None:

@@ -105,6 +105,12 @@ def similarity(queries, candidates, embedding):
     return queries @ candidates.T
 
 
+def rarest(listing):
+    """The rarest label of each clip, (N,), -1 where it has none."""
+    frequency = np.bincount(listing.labels, minlength=len(listing.classes))
+    return np.array([min(listing.clip_labels(i), key=lambda c: frequency[c], default=-1) for i in range(len(listing))])
+
+
 def choose(listing, clips, seed=0):
     """The clips to search: 'all', a number of clips for each class (drawn with the seed; a clip with several labels counts for
     the rarest), or a file with an id or a file name in each line."""
@@ -113,8 +119,7 @@ def choose(listing, clips, seed=0):
     if clips.isdigit() and int(clips) > 0:
         if listing.labels is None:
             raise UserError(f"--clips {clips}: {listing.name} has no classes; give --clips all or a list of ids")
-        frequency = np.bincount(listing.labels, minlength=len(listing.classes))
-        label = np.array([min(listing.clip_labels(i), key=lambda c: frequency[c], default=-1) for i in range(len(listing))])
+        label = rarest(listing)
         rng, chosen = np.random.default_rng(seed), []
         for c in range(len(listing.classes)):
             chosen += rng.permutation(np.flatnonzero(label == c))[:int(clips)].tolist()

@@ -746,7 +746,7 @@ LOSSES = ("loss", "know_nothing", "invariance", "sigreg", "sigreg/N")
 
 def draw_curves(path, runs, title):
     """A picture with a small plot for each column of the logs over the steps: the losses, and the loss of a predictor that knows nothing
-    beside its own, thin and dotted; then what tells a healthy run. runs: {label: rows of read_log}, of any methods."""
+    beside its own, thin and dotted; then what tells a healthy run. path: or a file; runs: {label: rows of read_log}, of any methods."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -782,7 +782,7 @@ def draw_curves(path, runs, title):
         handles = [plt.Line2D([], [], color=LINES[n % len(LINES)][0], ls=LINES[n % len(LINES)][1], marker=LINES[n % len(LINES)][2])
                    for n in range(len(runs))]
         fig.legend(handles, runs, loc="outside lower center", fontsize=9)
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, format="png", dpi=110)
     plt.close(fig)
 
 

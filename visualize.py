@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt                         # noqa: E402    after th
 
 NAMES = {"ajepa": "A-JEPA", "avjepa_lejepa": "AV-JEPA", "mjepa": "MJEPA", "avjepa_ncsu": "AVJEPA (NC State)"}
 MARKERS = "osD^v<>PX*ph"
-LONGEST = 600                                           # seconds of a clip whose attention is drawn
+LONGEST = 300                                           # seconds of a clip whose attention is drawn
 
 
 def title(encoder, args, what):
@@ -39,9 +39,18 @@ def title(encoder, args, what):
 
 def save(args, name, fig):
     """Write a figure as NAME.png into --out, or the run's folder; untrained encoders' under a name of their own. Returns the path."""
-    file = place(args, f"{name}{'-untrained' if args.untrained else ''}.png")
-    common.replace_file(file, lambda f: fig.savefig(f, format="png", dpi=110))
-    plt.close(fig)
+    return write(args, f"{name}{'-untrained' if args.untrained else ''}.png", lambda f: fig.savefig(f, format="png", dpi=110))
+
+
+def write(args, name, fill):
+    """fill(file) a file of that name in --out or the run's folder; whoever is killed leaves the old one. Returns its path."""
+    file = place(args, name)
+    try:
+        common.replace_file(file, fill)
+    except OSError as e:
+        raise UserError(f"{file}: cannot be written ({e.strerror}); give another --out") from None
+    finally:
+        plt.close("all")
     return file
 
 
@@ -420,8 +429,8 @@ def pca(args, encoder, process, workers):
     some = sorted({int(i) for indices in chosen.values() for i in indices})
     for index, given, made in probe.encode_clips(encoder, listing.subset(some), inputs, [args.modality], 1, process, workers, "tokens", 1):
         tokens = made[args.modality][0][0].float().cpu()                            # (N, D), the video's first
-        sizes = [encoder.vit.video.num] * ("video" in keys)
-        found[some[int(index)]] = {key: (given[key], part) for key, part in zip(keys, tokens.tensor_split(sizes[:len(keys) - 1]))}
+        parts = tokens.tensor_split([encoder.vit.video.num] if len(keys) == 2 else [])
+        found[some[int(index)]] = {key: (given[key], part) for key, part in zip(keys, parts)}
     for name, indices in chosen.items():
         if not any(i in found for i in indices):
             raise UserError(f"--classes {name}: none of the {len(indices)} clips drawn has all of {', '.join(keys)}; give another --seed "
@@ -430,7 +439,7 @@ def pca(args, encoder, process, workers):
         clips = {name: [found[i][key] for i in indices if i in found] for name, indices in chosen.items()}
         what = f"PCA of the last layer's {key} tokens, one basis for each class, {args.data}"
         fig = draw_pca(encoder, key, clips, title(encoder, args, what + ", seen and heard together" * (len(keys) == 2)))
-        print(save(args, f"pca-{key}-{args.data}", fig))
+        print(save(args, f"pca-{args.data}-{key}{'' if len(keys) == 2 else '-alone'}", fig))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,10 +549,9 @@ def map_clips(args, encoder, process, workers):
     what = "by sound and by pictures" if args.pairs else {"av": "by both", "audio": "by sound", "video": "by pictures"}[args.modality]
     heading = title(encoder, args, f"{n:,} clips of {args.data} {what}, {'projected' if embedding == 'projected' else 'clip'} embedding")
     fig = draw_map(planes, g, names, of != modalities[0], [(i, n + i) for i in range(n)] if args.pairs else (), heading)
-    name = f"map-{args.data}{'-pairs' * args.pairs}{'-projected' * (embedding == 'projected')}"
-    file = place(args, f"{name}{'-untrained' * args.untrained}.csv")
+    name = f"map-{args.data}-{'pairs' if args.pairs else args.modality}{'-projected' * (embedding == 'projected')}"
 
-    def write(f):
+    def fill(f):
         text = io.TextIOWrapper(f, "utf-8", errors="replace", newline="")
         rows = csv.writer(text)
         rows.writerow(("file", "class", "group", "modality", "tsne_1", "tsne_2", "pca_1", "pca_2"))
@@ -552,7 +560,7 @@ def map_clips(args, encoder, process, workers):
             rows.writerow((listing.path(i), " / ".join(labels), *row))
         text.detach()
 
-    common.replace_file(file, write)
+    file = write(args, f"{name}{'-untrained' * args.untrained}.csv", fill)
     add_row(args, {"what": "map", "data": args.data, "modality": args.modality, "pairs": args.pairs, "embedding": embedding,
                    "untrained": args.untrained, "groups": args.groups, "N": n, "left_out": len(some) - n, **numbers, "seed": args.seed,
                    "step": encoder.step})
@@ -576,9 +584,7 @@ def curves(args):
     args.ckpt, heading = args.runs[0], next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs"
     if any("know_nothing" in key for rows in runs.values() for key in rows[-1]):
         heading += "; thin and dotted: the loss of a predictor that knows nothing"
-    file = place(args, "curves.png" if len(runs) == 1 else f"curves-of-{len(runs)}.png")
-    common.draw_curves(file, runs, heading)
-    print(file)
+    print(write(args, "curves.png" if len(runs) == 1 else f"curves-of-{len(runs)}.png", lambda f: common.draw_curves(f, runs, heading)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

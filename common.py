@@ -740,7 +740,7 @@ def add_row(ckpt, name, row):
         raise UserError(f"{file}: the result above could not be written there ({e.strerror})") from None
 
 
-LINES = (("k", "-", "o"), ("0.6", "--", "s"), ("0.35", "-.", "^"), ("0.5", ":", "D"), ("0.75", "-", "v"), ("0.2", "--", "x"))
+LINES, MARKERS = (("k", "-"), ("0.6", "--"), ("0.35", "-."), ("0.5", ":"), ("0.75", "-"), ("0.2", "--")), "os^Dvx*"      # 42 together
 LOSSES = ("loss", "know_nothing", "invariance", "sigreg", "sigreg/N")
 
 
@@ -758,19 +758,20 @@ def draw_curves(path, runs, title):
     panels = {name: some for name, some in panels.items() if some}
     width = min(6, max(map(len, panels.values())))
     heights = [math.ceil(len(some) / width) for some in panels.values()]
-    many = len(runs) > 1
+    many, styles = len(runs) > 1, {}
     fig = plt.figure(figsize=(0.4 + 2.9 * width, 0.9 + 0.25 * len(runs) + 2.3 * sum(heights)), layout="constrained")
     fig.suptitle(title, parse_math=False)
     for block, (name, some), height in zip(np.atleast_1d(fig.subfigures(len(panels), 1, height_ratios=heights)), panels.items(), heights):
         axes = list(block.subplots(height, width, squeeze=False).flat)
         for ax, column in zip(axes, some):
             thin = "know_nothing" if column == "loss" else f"{column}/know_nothing"
-            for number, rows in enumerate(runs.values()):
-                color, dash, marker = LINES[number % len(LINES)]
-                for key, how in ((column, dict(ls=dash, marker=marker if many else None, ms=3, lw=1.2)), (thin, dict(ls=":", lw=0.8))):
+            for number, (label, rows) in enumerate(runs.items()):
+                style = dict(zip(("color", "ls"), LINES[number % len(LINES)]), marker=MARKERS[number % len(MARKERS)] if many else None)
+                styles[label] = style
+                for key, how in ((column, {**style, "ms": 3, "lw": 1.2}), (thin, {"color": style["color"], "ls": ":", "lw": 0.8})):
                     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
                     if points:
-                        ax.plot(*zip(*points), color=color, markevery=max(1, len(points) // 6), **how)
+                        ax.plot(*zip(*points), markevery=max(1, len(points) // 6), **how)
             ax.set_title(f"{column}, ms" if column.startswith("ms_") else column, fontsize=9)
             ax.set_xlabel("step", fontsize=8)
             ax.tick_params(labelsize=8)
@@ -779,9 +780,8 @@ def draw_curves(path, runs, title):
             ax.axis("off")
         block.supylabel(name)
     if many:
-        handles = [plt.Line2D([], [], color=LINES[n % len(LINES)][0], ls=LINES[n % len(LINES)][1], marker=LINES[n % len(LINES)][2])
-                   for n in range(len(runs))]
-        fig.legend(handles, runs, loc="outside lower center", fontsize=9)
+        legend = fig.legend([plt.Line2D([], [], **style) for style in styles.values()], styles, loc="outside lower center", fontsize=9)
+        [text.set_parse_math(False) for text in legend.get_texts()]                 # a $ in a folder's name is a $
     fig.savefig(path, format="png", dpi=110)
     plt.close(fig)
 

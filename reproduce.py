@@ -211,6 +211,7 @@ def same_run(content, command):
     # steps (of --epochs) and schedule: None in get_args, and settled in main
     other = [key for key in {**before, **recipe} if before.get(key) != recipe.get(key)
              and not (key in ("steps", "schedule") and recipe.get(key) is None)]
+    other += [key for key in ("init",) if content["args"].get(key) != getattr(args, key, None)]             # weights of another run
     there = args.data_dir is None or Path(content["args"]["data_dir"] or data.toy_folder()).resolve() == Path(args.data_dir).resolve()
     return content["method"] == command[0].removesuffix(".py") and content["step"] == content["steps"] and not other and there
 

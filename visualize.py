@@ -9,7 +9,7 @@
 Any checkpoint of ours will do, as far as it takes what is to be drawn. Files go into the run's folder, or into --out; numbers into a row of
 visualize.jsonl there. Attention, PCA and map are those of AV-JEPA's page (its last three sections).
 """
-import argparse, csv, functools, io, math, time
+import argparse, csv, functools, io, math, os, textwrap, time
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt                         # noqa: E402    after the choice of a backend without a window
+import matplotlib.pyplot as plt                         # after the choice of a backend without a window
 
+plt.rcParams["text.parse_math"] = False                 # a $ in a file's or a class's name is a $
 NAMES = {"ajepa": "A-JEPA", "avjepa_lejepa": "AV-JEPA", "mjepa": "MJEPA", "avjepa_ncsu": "AVJEPA (NC State)"}
 MARKERS = "osD^v<>PX*ph"
 LONGEST = 300                                           # seconds of a clip whose attention is drawn
@@ -37,9 +38,14 @@ def title(encoder, args, what):
     return f"{NAMES.get(encoder.method, encoder.method)}: {what}\n{args.ckpt}, {state}"
 
 
+def head(fig, text):
+    """Put the title over a figure, in lines that fit its width."""
+    fig.suptitle("\n".join(textwrap.fill(line, int(11 * fig.get_figwidth())) for line in text.split("\n")), fontsize=10)
+
+
 def save(args, name, fig):
-    """Write a figure as NAME.png into --out, or the run's folder; untrained encoders' under a name of their own. Returns the path."""
-    return write(args, f"{name}{'-untrained' if args.untrained else ''}.png", lambda f: fig.savefig(f, format="png", dpi=110))
+    """Write a figure as NAME.png into --out, or the run's folder. Returns the path."""
+    return write(args, f"{name}.png", lambda f: fig.savefig(f, format="png", dpi=110))
 
 
 def write(args, name, fill):
@@ -64,6 +70,11 @@ def place(args, name):
     return folder / name
 
 
+def variant(args):
+    """What a file's name says of the encoder, if it is not the one that the method evaluates."""
+    return f"-{args.encoder}" * bool(args.encoder) + "-untrained" * args.untrained
+
+
 def add_row(args, row):
     """A row of visualize.jsonl beside the figures."""
     row.update(encoder=args.encoder, version=common.code_version(), ckpt=str(args.ckpt))
@@ -74,6 +85,12 @@ def picture_of(video):
     """What the encoder saw, (..., 3, T, H, W) normalised -> (..., T, H, W, 3) in 0..1."""
     x = video.movedim(-4, -1).float().cpu() * torch.tensor(data.IMAGENET_STD) + torch.tensor(data.IMAGENET_MEAN)
     return x.clamp(0, 1).numpy()
+
+
+def shown_frames(patches):
+    """At most four tubelets, evenly spread, and a frame in the middle of each: two arrays of indices."""
+    moments = np.unique(np.linspace(0, patches.grid[0] - 1, 4).round().astype(int))
+    return moments, moments * patches.patch[0] + patches.patch[0] // 2
 
 
 def mel_extent(inputs, columns, span):
@@ -102,6 +119,7 @@ def cross_attention(vit, video, audio, layer=-1):
     the audio tokens, and video -> audio (B, heads, F, T), the mean over the video tokens; both on the grids of the tokens. Not
     normalised: the rest of a token's attention stays within its own modality and CLS."""
     first, pictures = int(vit.cls is not None), vit.video.num
+    # unspecified (AV-JEPA's page): the mean over all tokens that look, not those of the same moment alone
     weights = vit.attention_weights(video, audio, layer)[:, :, first:, first:]                          # (B, heads, N, N)
     seen, heard = weights[:, :, pictures:, :pictures].mean(2), weights[:, :, :pictures, pictures:].mean(2)
     columns = audio.shape[-1] // vit.audio.patch[1]
@@ -115,7 +133,7 @@ def cover(path, inputs):
 
     def plan(duration):                                 # in seconds of inputs.frame_rate, where that is set
         if duration > LONGEST:
-            raise UserError(f"--clip {path}: is {duration / 60:.0f} minutes long; cut out a part of at most {LONGEST // 60} minutes")
+            raise UserError(f"--clip {path}: is too long; cut out a part of at most {LONGEST // 60} minutes")
         for n in range(max(1, math.ceil(duration / length - 1e-3))):
             start = min(n * length, max(0.0, duration - length))
             sound = min(max(0.0, start + (length - inputs.seconds) / 2), max(0.0, duration - inputs.seconds))
@@ -123,7 +141,7 @@ def cover(path, inputs):
         return [pictures for _, pictures in spans], [sound for sound, _ in spans]
 
     views = data.load_views(path, inputs, plan)
-    with av.open(str(path), metadata_errors="replace") as container:
+    with av.open(os.path.abspath(path), metadata_errors="replace") as container:
         stretch = data.time_stretch(data.find_streams(container)[0], inputs.frame_rate)
     return views, [tuple((start * stretch, seconds * stretch) for start, seconds in span) for span in spans]
 
@@ -138,18 +156,18 @@ def draw_attention(encoder, views, spans, number, maps, heading):
     """The figure of view `number`: its pictures and its mel in the first row; below, a row for each of maps [(name, audio -> video
     attention (V, T, H, W), video -> audio attention (V, F, T))], the pictures lit by it, and it with the outline of what is loud."""
     inputs, vit, (sound, pictures) = data.Inputs(**encoder.inputs), encoder.vit, spans[number]
-    mel, length = views["audio"][number, 0].cpu().numpy(), vit.video.grid[0]
-    moments = np.unique(np.linspace(0, length - 1, 4).round().astype(int))
-    frames = picture_of(views["video"][number])[moments * vit.video.patch[0] + vit.video.patch[0] // 2]       # (moments, H, W, 3)
+    mel = views["audio"][number, 0].cpu().numpy()
+    moments, shown = shown_frames(vit.video)
+    frames, times = picture_of(views["video"][number])[shown], pictures[0] + (shown + 0.5) * pictures[1] / inputs.frames
     fig = plt.figure(figsize=(2 * len(moments) + 5, 2.9 + 2.1 * len(maps)), layout="constrained")
-    fig.suptitle(heading, fontsize=10, parse_math=False)
+    head(fig, heading)
     axes = fig.subplots(len(maps) + 1, len(moments) + 1, squeeze=False, width_ratios=[1] * len(moments) + [2])
     for row, (name, seen, heard) in zip(axes, [("input", None, None), *maps]):
-        for ax, moment, frame in zip(row, moments, frames):
+        for ax, moment, frame, time_ in zip(row, moments, frames, times):
             ax.set(xticks=[], yticks=[])
             if seen is None:
                 ax.imshow(frame)
-                ax.set_title(f"{pictures[0] + (moment + 0.5) * pictures[1] / length:.2f} s", fontsize=9)
+                ax.set_title(f"{time_:.2f} s", fontsize=9)
                 continue
             heat = seen[number][moment]
             ax.imshow(light(frame, heat / seen[number].max()))
@@ -159,12 +177,12 @@ def draw_attention(encoder, views, spans, number, maps, heading):
         row[0].set_ylabel(name, fontsize=9)
         image, label, extent = mel, "log mel", mel_extent(inputs, mel.shape[1], sound)
         if heard is not None:
-            times = np.linspace(*extent[:2], mel.shape[1])
-            row[-1].contour(times, np.arange(len(mel)) + 0.5, mel, levels=[np.percentile(mel, 85)], colors="tab:orange", linewidths=0.5)
+            columns = np.linspace(*extent[:2], 2 * mel.shape[1] + 1)[1::2]
+            row[-1].contour(columns, np.arange(len(mel)) + 0.5, mel, levels=[np.percentile(mel, 85)], colors="tab:orange", linewidths=0.5)
             image, label = heard[number] / heard[number].max(), "share of the largest"
             extent = (*mel_extent(inputs, image.shape[1] * vit.audio.patch[1], sound)[:2], 0, image.shape[0] * vit.audio.patch[0])
-        shown = row[-1].imshow(image, origin="lower", aspect="auto", extent=extent, cmap="gray", vmin=None if heard is None else 0)
-        fig.colorbar(shown, ax=row[-1]).set_label(label, fontsize=7)
+        drawn = row[-1].imshow(image, origin="lower", aspect="auto", extent=extent, cmap="gray", vmin=None if heard is None else 0)
+        fig.colorbar(drawn, ax=row[-1]).set_label(label, fontsize=7)
         mel_axes(row[-1], inputs, mel.shape[1], sound)
         row[-1].set_ylabel("Hz", fontsize=8)
     axes[-1, -1].set_xlabel("seconds", fontsize=8)
@@ -175,7 +193,7 @@ def header(text, width):
     """A line of text as an image (h, width, 3) uint8, h even."""
     fig = plt.figure(figsize=(width / 100, 0.16 * (text.count("\n") + 2)), dpi=100)
     longest = max(map(len, text.split("\n")))
-    fig.text(0.01, 0.5, text, va="center", fontsize=min(8, 1.15 * width / longest), parse_math=False)
+    fig.text(0.01, 0.5, text, va="center", fontsize=min(8, 1.15 * width / longest))
     fig.canvas.draw()
     image = np.asarray(fig.canvas.buffer_rgba())[..., :3]
     plt.close(fig)
@@ -186,37 +204,41 @@ def write_film(path, out, moments, maps, crop, text):
     """The clip `path` as an mp4 with its sound: the picture, and beside it the picture lit by each of the maps, which move with it.
     moments (M,): seconds, increasing; maps [(M, H, W)] in 0..1 at these; crop: the side of the square in the middle that they cover, as a
     share of the short side."""
-    with av.open(str(path), metadata_errors="replace") as source, av.open(str(out), "w", format="mp4") as film:
+    with av.open(os.path.abspath(path), metadata_errors="replace") as source, av.open(os.path.abspath(out), "w", format="mp4") as film:
         video, sound = data.find_streams(source)
         origin, layout = (source.start_time or 0) / av.time_base, "mono" if sound.codec_context.channels == 1 else "stereo"
         shown = film.add_stream("libx264", rate=video.average_rate or 25, options={"crf": "20", "preset": "veryfast"})
         shown.pix_fmt, shown.codec_context.time_base, shown.codec_context.thread_count = "yuv420p", Fraction(1, 90000), 1
         heard, resampler = film.add_stream("aac", rate=48000, layout=layout), av.AudioResampler("fltp", layout, 48000)
-        reformatter, above, last = av.video.reformatter.VideoReformatter(), None, -1
+        reformatter, above, last, early = av.video.reformatter.VideoReformatter(), None, -1, []
         video.codec_context.thread_count = sound.codec_context.thread_count = 1
         bar = tqdm(total=(source.duration or 0) / av.time_base, desc="film", bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} s [{elapsed}]")
         for packet in source.demux(video, sound):
             try:
                 frames = [frame for frame in packet.decode() if frame.pts is not None]
-            except av.error.InvalidDataError:           # one broken packet: the rest may be fine
+            except data.BROKEN_PACKET:                  # the rest may be fine
                 continue
             for frame in frames:
                 now = frame.time - origin
                 if packet.stream.type == "audio":
                     frame.pts = round(now / frame.time_base)
-                    for part in resampler.resample(frame):
-                        film.mux(heard.encode(part))
-                    continue
-                image = np.concatenate(tiles(frame, now, moments, maps, crop, reformatter), 1)              # (H, W of all tiles, 3)
-                if above is None:
-                    above = header(text, image.shape[1])
-                    shown.width, shown.height = image.shape[1], image.shape[0] + len(above)
-                image = av.VideoFrame.from_ndarray(np.concatenate([above, image]), "rgb24")
-                image.time_base, image.pts = shown.codec_context.time_base, max(last + 1, round(now * 90000))
-                last = image.pts
-                film.mux(shown.encode(image))
-                bar.update(max(0, now - bar.n))
+                    early += [made for part in resampler.resample(frame) for made in heard.encode(part)]
+                else:
+                    image = np.concatenate(tiles(frame, now, moments, maps, crop, reformatter), 1)          # (H, W of all tiles, 3)
+                    if above is None:
+                        above = header(text, image.shape[1])
+                        shown.width, shown.height = image.shape[1], image.shape[0] + len(above)
+                    image = av.VideoFrame.from_ndarray(np.concatenate([above, image]), "rgb24")
+                    image.time_base, image.pts = shown.codec_context.time_base, max(last + 1, round(now * 90000))
+                    last = image.pts
+                    early += shown.encode(image)
+                    bar.update(max(0, min(now, bar.total) - bar.n))
+                if above is not None:                   # to mux opens both streams, and that of the pictures needs its size before
+                    film.mux(early)
+                    early = []
         bar.close()
+        if above is None:
+            raise ValueError("none of its pictures decodes")
         for stream, rest in ((shown, ()), (heard, resampler.resample(None))):
             for part in (*rest, None):
                 film.mux(stream.encode(part))
@@ -224,7 +246,9 @@ def write_film(path, out, moments, maps, crop, text):
 
 def tiles(frame, now, moments, maps, crop, reformatter):
     """A decoded frame, and the same lit by each of the maps at its time: a list of (H, W, 3) uint8 of even sides. As write_film."""
-    image = data.picture(frame, min(480, max(240, frame.width, frame.height) // 2 * 2), reformatter) / np.float32(255)
+    small, large = sorted((frame.width, frame.height))
+    size = min(480, max(240, small), 4000 * small // (large * (len(maps) + 1)))             # a film of at most some 4,000 pixels
+    image = data.picture(frame, max(16, size), reformatter) / np.float32(255)
     image = image[:image.shape[0] // 2 * 2, :image.shape[1] // 2 * 2]
     side = round(min(image.shape[:2]) * crop)
     square = tuple(slice((n - side) // 2, (n - side) // 2 + side) for n in image.shape[:2])
@@ -251,7 +275,9 @@ def attention_of_clip(args, encoder, process):
     maps, each = [("mean of heads", seen.mean(1), heard.mean(1))], args.heads == "each"
     if each:
         maps = [(f"head {h}", seen[:, h], heard[:, h]) for h in range(seen.shape[1])]
-    what, name = f"attention in block {args.layer % len(vit.transformer.blocks)}", f"attention-{clip.stem}{'-heads' * each}"
+    block = args.layer % len(vit.transformer.blocks)
+    what, name = f"attention in block {block}", f"attention-{clip.stem}{f'-block{block}' * (args.layer != -1)}{'-heads' * each}"
+    name += variant(args)
     fig = draw_attention(encoder, views, spans, len(spans) // 2, maps, title(
         encoder, args, f"{what} of the sound to the pictures (bright: much; cross: the most) and\nof the pictures to the sound (bright: "
         f"much; outlined: what is loud), {clip.name}"))
@@ -262,7 +288,7 @@ def attention_of_clip(args, encoder, process):
     order = np.argsort(moments, kind="stable")
     heats = [x.reshape(-1, *x.shape[2:])[order] / x.max() for _, x, _ in maps]                              # each (M, H, W)
     text = title(encoder, args, f"{what} of the sound to the pictures, {'each head' if each else 'mean of heads'}: {clip.name}")
-    film = place(args, f"{name}{'-untrained' * args.untrained}.mp4")
+    film = place(args, f"{name}.mp4")
     part = film.with_name(film.name + ".part")
     try:
         write_film(clip, part, moments[order], heats, inputs.size / inputs.resize, text)
@@ -293,6 +319,15 @@ def hits(heat, target):
     return 100 * float(hit[target.any(2)].mean()) if target.any() else math.nan
 
 
+def toy_frames(inputs):
+    """Which frames of a toy clip its middle view shows, by what the reader does: (frames,) indices."""
+    stretch = inputs.frame_rate / data.TOY["fps"] if inputs.frame_rate else 1.0             # as data.time_stretch
+    view, = data.even_views(1, inputs, None, data.TOY["seconds"] / stretch)
+    start, seconds = view.pictures or view[:2]
+    times = (start + (np.arange(inputs.frames) + 0.5) * seconds / inputs.frames) * stretch * data.TOY["fps"]
+    return np.floor(times + 1e-5).astype(int).clip(0, round(data.TOY["seconds"] * data.TOY["fps"]) - 1)
+
+
 def attention_on_toy(args, process, workers):
     """attention --data toy: how often the peak of audio -> video attention, at each moment, is the patch where the sounding object is, or
     the silent one: of the encoder, of the same one untrained, of a random patch, and of the one patch that is right most often."""
@@ -306,10 +341,7 @@ def attention_on_toy(args, process, workers):
             maps[name].append(cross_attention(encoder.vit, b["video"], b["audio"], args.layer)[0].cpu())
     maps = {name: torch.cat(parts).numpy() for name, parts in maps.items()}                                 # each (N, heads, T, H, W)
 
-    view, = plan(None, data.TOY["seconds"])
-    start, seconds = view.pictures or view[:2]
-    times = (start + (np.arange(inputs.frames) + 0.5) * seconds / inputs.frames) * data.TOY["fps"]           # which frame is on screen
-    times = times.astype(int).clip(0, round(data.TOY["seconds"] * data.TOY["fps"]) - 1).reshape(vit.video.grid[0], -1)
+    times = toy_frames(inputs).reshape(vit.video.grid[0], -1)
     # toy_clip is a pure function, so this holds for clips that an older version wrote, too
     truths = [data.toy_clip(data.TOY["seed"], "test", i)[2] for i in tqdm(index, desc="where the objects are", unit="clip")]
     sounding, silent = (np.stack([touched(truth[key], times, vit.video.grid, inputs.size / inputs.resize) for truth in truths])
@@ -343,12 +375,13 @@ def principal(x, count=3):
     from sklearn.decomposition import PCA               # here: a second to import, for which the other figures need not wait
     fit = PCA(min(count, *x.shape), svd_solver="covariance_eigh" if len(x) > x.shape[1] else "full")
     y = fit.fit_transform(np.asarray(x, np.float64))
-    more = count - y.shape[1]
-    return np.pad(y, ((0, 0), (0, more))), np.pad(fit.explained_variance_ratio_, (0, more))
+    share, more = np.nan_to_num(fit.explained_variance_ratio_), count - y.shape[1]          # not a number: all of x are the same
+    return np.pad(y, ((0, 0), (0, more))), np.pad(share, (0, more))
 
 
 def to_rgb(y):
     """Coordinates (N, 3) -> (N, 3) in 0..1, each component stretched from its 1st to its 99th percentile."""
+    # unspecified (AV-JEPA's page): how a component becomes a colour; DINOv2 also fits a second basis, to the foreground of the first
     low, high = np.percentile(y, (1, 99), axis=0)
     return ((y - low) / np.maximum(high - low, 1e-9)).clip(0, 1)
 
@@ -386,11 +419,11 @@ def draw_pca(encoder, key, clips, heading):
     """The figure of one modality. clips: {class: [(input (1, ...), tokens (N, D))]}; a basis for each class. Of each clip its input, the
     top three components as red, green and blue, and the first one in grey."""
     inputs, patches, count = data.Inputs(**encoder.inputs), getattr(encoder.vit, key), max(map(len, clips.values()))
-    fig = plt.figure(figsize=(0.6 + (4.6 if key == "video" else 3.6) * count, 0.8 + 3.5 * len(clips)), layout="constrained")
-    fig.suptitle(heading, fontsize=10, parse_math=False)
+    fig = plt.figure(figsize=(max(7, 0.6 + (4.6 if key == "video" else 3.6) * count), 0.8 + 3.5 * len(clips)), layout="constrained")
+    head(fig, heading)
     for block, (name, some) in zip(np.atleast_1d(fig.subfigures(len(clips), 1)), clips.items()):
         y, share = principal(torch.cat([tokens for _, tokens in some]).numpy())
-        block.suptitle(f"{name}: {', '.join(f'{100 * s:.0f} %' for s in share)} of the variance", fontsize=9, parse_math=False)
+        block.suptitle(f"{name}: {', '.join(f'{100 * s:.0f} %' for s in share)} of the variance", fontsize=9)
         axes = block.subplots(3, count, squeeze=False)
         for ax in axes[:, len(some):].flat:
             ax.axis("off")
@@ -400,12 +433,12 @@ def draw_pca(encoder, key, clips, heading):
             for ax, (label, layer) in zip(column, layers.items()):
                 bottom = ax is column[-1]
                 if key == "video":
-                    moments = np.unique(np.linspace(0, patches.grid[0] - 1, 4).round().astype(int))
-                    times = (moments + 0.5) * (inputs.video_seconds or inputs.seconds) / patches.grid[0]
-                    frames = picture_of(x[0])[moments * patches.patch[0] + patches.patch[0] // 2]
+                    moments, shown = shown_frames(patches)
+                    times = (shown + 0.5) * (inputs.video_seconds or inputs.seconds) / inputs.frames
+                    frames = picture_of(x[0])[shown]
                     if layer is not None:               # as large as the frames above it
                         frames = layer[moments].repeat(patches.patch[1], 1).repeat(patches.patch[2], 2)
-                    strip_of(frames, ax, [f"{t:.1f}" for t in times] if bottom else [""] * len(times))
+                    strip_of(frames, ax, [f"{t:.2f}" for t in times] if bottom else [""] * len(times))
                 else:
                     image, view = x[0, 0].cpu().numpy(), (0.0, inputs.seconds)
                     columns, span = image.shape[1], mel_extent(inputs, image.shape[1], view)
@@ -417,7 +450,8 @@ def draw_pca(encoder, key, clips, heading):
                 ax.tick_params(labelsize=7, labelbottom=bottom)
                 if ax in axes[:, 0]:
                     ax.set_ylabel(label + "\nHz" * (key == "audio"), fontsize=8)
-            column[-1].set_xlabel("seconds of the view", fontsize=8)
+            clock = f", at {inputs.frame_rate:g} frames a second" if inputs.frame_rate else ""             # the clip's own may be another
+            column[-1].set_xlabel(f"seconds of the {'pictures' if key == 'video' else 'sound'}{clock}", fontsize=8)
     return fig
 
 
@@ -437,9 +471,10 @@ def pca(args, encoder, process, workers):
                             "or --modality")
     for key in keys:
         clips = {name: [found[i][key] for i in indices if i in found] for name, indices in chosen.items()}
-        what = f"PCA of the last layer's {key} tokens, one basis for each class, {args.data}"
-        fig = draw_pca(encoder, key, clips, title(encoder, args, what + ", seen and heard together" * (len(keys) == 2)))
-        print(save(args, f"pca-{args.data}-{key}{'' if len(keys) == 2 else '-alone'}", fig))
+        together = ", seen and heard together" * (len(keys) == 2)
+        heading = title(encoder, args, f"{args.data}, PCA of the last layer's {key} tokens{together}, one basis for each class")
+        fig = draw_pca(encoder, key, clips, heading)
+        print(save(args, f"pca-{args.data}-{key}{'' if len(keys) == 2 else '-alone'}{variant(args)}", fig))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,8 +502,10 @@ def draw_map(planes, groups, names, hollow, lines, heading):
     """Planes {name: (axis labels, (N, 2))} side by side; groups (N,): a colour and a marker for each of names, not filled where hollow
     (N,); lines: pairs of points that are joined."""
     fig, axes = plt.subplots(1, len(planes), figsize=(6.2 * len(planes), 6 + 0.25 * math.ceil(len(names) / 6)), layout="constrained")
-    fig.suptitle(heading, fontsize=10, parse_math=False)
+    head(fig, heading)
     styles = [(plt.get_cmap("tab10").colors[g % 10], MARKERS[g % len(MARKERS)]) for g in range(len(names))]
+    if len(names) > 60:                                 # no two of 60 are the same
+        styles = len(names) * [("0.3", ".")]
     for ax, (name, (labels, xy)) in zip(axes, planes.items()):
         for pair in lines:
             ax.plot(*xy[list(pair)].T, color="0.7", lw=0.6, zorder=1)
@@ -479,7 +516,8 @@ def draw_map(planes, groups, names, hollow, lines, heading):
         ax.set_title(name, fontsize=10)
         ax.set_xlabel(labels[0], fontsize=9), ax.set_ylabel(labels[1], fontsize=9)
         ax.tick_params(labelsize=8)
-    legend = {name: plt.Line2D([], [], color=color, marker=marker, ls="") for name, (color, marker) in zip(names, styles) if name}
+    legend = {name: plt.Line2D([], [], color=color, marker=marker, ls="") for name, (color, marker) in zip(names, styles)
+              if name and len(names) <= 60}
     if hollow.any():
         legend.update({name: plt.Line2D([], [], color="k", marker="o", mfc=fill, ls="") for name, fill in
                        (("filled: by the sound", "k"), ("hollow: by the pictures", "w"))})
@@ -518,12 +556,14 @@ def map_clips(args, encoder, process, workers):
     some = np.random.default_rng(args.seed).permutation(np.flatnonzero(group >= 0))
     some, index, parts = np.sort(some[:args.clips]), [], {m: [] for m in modalities}
     if len(some) < 5:
-        raise UserError(f"{listing.name}: {len(some)} clips to draw; a map needs at least 5")
-    for i, _, made in probe.encode_clips(encoder, listing.subset(some), inputs, modalities, args.views, process, workers, "embed"):
+        raise UserError(f"{listing.name}: {len(some)} held-out clips{' of the classes of --groups' * bool(args.groups)}; a map needs at "
+                        "least 5")
+    if len(names) > 60:
+        print(f"{len(names)} classes are too many for colours and a legend; --groups puts them into families, or draws some of them alone")
+    for i, _, made in probe.encode_clips(encoder, listing.subset(some), inputs, modalities, 1, process, workers, "embed"):
         index.append(some[i])
         for m, (_, z) in made.items():
-            z = encoder.projector(z.float()) if embedding == "projected" else z.float()
-            parts[m].append(z.unflatten(0, (-1, args.views)).mean(1).cpu())         # (B, D)
+            parts[m].append((encoder.projector(z.float()) if embedding == "projected" else z.float()).cpu())       # (B, D)
     n = sum(map(len, index))
     if n < 5:
         raise UserError(f"{listing.name}: {n} clips have all that {' and '.join(modalities)} needs; a map needs at least 5")
@@ -546,10 +586,10 @@ def map_clips(args, encoder, process, workers):
                 print(f"{m}, {space}: {near:.1f} % of a clip's 10 nearest are of its {'group' if args.groups else 'class'} (chance "
                       f"{luck:.1f}), silhouette {shape:.2f}")
 
-    what = "by sound and by pictures" if args.pairs else {"av": "by both", "audio": "by sound", "video": "by pictures"}[args.modality]
-    heading = title(encoder, args, f"{n:,} clips of {args.data} {what}, {'projected' if embedding == 'projected' else 'clip'} embedding")
+    what = {"av": "by sound and pictures together", "audio": "by sound", "video": "by pictures", None: "by sound and by pictures"}
+    heading = title(encoder, args, f"{n:,} clips of {args.data} {what[args.modality]}, {'projected' if embedding == 'projected' else 'clip'} embedding")
     fig = draw_map(planes, g, names, of != modalities[0], [(i, n + i) for i in range(n)] if args.pairs else (), heading)
-    name = f"map-{args.data}-{'pairs' if args.pairs else args.modality}{'-projected' * (embedding == 'projected')}"
+    name = f"map-{args.data}-{'pairs' if args.pairs else args.modality}{'-projected' * (embedding == 'projected')}" + variant(args)
 
     def fill(f):
         text = io.TextIOWrapper(f, "utf-8", errors="replace", newline="")
@@ -560,7 +600,7 @@ def map_clips(args, encoder, process, workers):
             rows.writerow((listing.path(i), " / ".join(labels), *row))
         text.detach()
 
-    file = write(args, f"{name}{'-untrained' * args.untrained}.csv", fill)
+    file = write(args, f"{name}.csv", fill)
     add_row(args, {"what": "map", "data": args.data, "modality": args.modality, "pairs": args.pairs, "embedding": embedding,
                    "untrained": args.untrained, "groups": args.groups, "N": n, "left_out": len(some) - n, **numbers, "seed": args.seed,
                    "step": encoder.step})
@@ -575,8 +615,8 @@ def curves(args):
     """visualize.py curves: several runs in one picture, which goes into the folder of the first."""
     runs = {}
     for run in dict.fromkeys(args.runs):
-        rows = common.read_log(run)
-        if not rows:
+        rows = [row for row in common.read_log(run) if isinstance(row, dict) and isinstance(row.get("step"), int)]
+        if not any(key != "step" and row[key] for row in rows for key in row):
             raise UserError(f"{run}: has no log.jsonl with a row in it; give the folder of a run")
         content = common.load_checkpoint(run) if (Path(run) / "latest.pt").is_file() else None
         what = f"{NAMES.get(content['method'], content['method'])}, {content['args']['data']}, " if content else ""
@@ -632,7 +672,6 @@ def get_args(argv=None):
     add("--groups", help="a csv with the columns class and group: colours for groups, and these classes alone")
     add("--embedding", choices=("encoder", "projected"), default="encoder", help="encoder: CLS, or the mean of the tokens; projected: "
         "where the loss was taken (AV-JEPA)")
-    add("--views", type=int, default=1, help="views of a clip that are averaged")
     add = command("curves", "losses and health of one or several runs, from their logs")
     add("runs", nargs="+", metavar="RUN", help="folder of a run")
     add("--out", help="folder for the file (default: the first run's)")
@@ -643,8 +682,6 @@ def get_args(argv=None):
     check("--workers", args.workers or 0, 0, 1024)
     if args.what != "attention":
         check("--seed", args.seed, 0, 2 ** 31), check("--clips", args.clips, 1, 10 ** 7)
-    if args.what == "map":
-        check("--views", args.views, 1, 1000)
     if args.what == "attention" and bool(args.clip) == bool(args.data):
         raise UserError("attention: give either --clip FILE, or --data toy")
     if args.what == "attention":

@@ -587,7 +587,8 @@ def map_clips(args, encoder, process, workers):
                       f"{luck:.1f}), silhouette {shape:.2f}")
 
     what = {"av": "by sound and pictures together", "audio": "by sound", "video": "by pictures", None: "by sound and by pictures"}
-    heading = title(encoder, args, f"{n:,} clips of {args.data} {what[args.modality]}, {'projected' if embedding == 'projected' else 'clip'} embedding")
+    kind = "projected" if embedding == "projected" else "clip"
+    heading = title(encoder, args, f"{n:,} clips of {args.data} {what[args.modality]}, {kind} embedding")
     fig = draw_map(planes, g, names, of != modalities[0], [(i, n + i) for i in range(n)] if args.pairs else (), heading)
     name = f"map-{args.data}-{'pairs' if args.pairs else args.modality}{'-projected' * (embedding == 'projected')}" + variant(args)
 

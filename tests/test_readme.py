@@ -22,7 +22,7 @@ COMMANDS = list(dict.fromkeys(line for line in LINES if re.match(r"(python|torch
 TRAIN = "--steps 2 --batch-size 4 --recipe toy --size toy --workers 1 --log-every 1"
 METHODS = ("ajepa.py", "mjepa.py", "avjepa_lejepa.py", "avjepa_ncsu.py")
 SHRINK = {**dict.fromkeys(METHODS, TRAIN), "probe.py": "--workers 1", "retrieval.py": "--views 1 --workers 1", "data.py": "--workers 1",
-          "reproduce.py": "--dry-run"}
+          "reproduce.py": "--dry-run", "visualize.py": "--out seen"}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,9 @@ def test_the_readme_has_the_commands_that_a_newcomer_needs():
                   "python ajepa.py", "torchrun --nproc_per_node=8 ajepa.py --data audioset", "python reproduce.py masking",
                   "python mjepa.py", "torchrun --nproc_per_node=8 mjepa.py --data audioset", "python reproduce.py cross-modal",
                   "python avjepa_ncsu.py", "torchrun --nproc_per_node=8 avjepa_ncsu.py --data kinetics400", "python reproduce.py sound",
-                  "python probe.py", "python retrieval.py", "python data.py", "python -m pytest"):
+                  "python probe.py", "python retrieval.py", "python visualize.py attention", "python visualize.py pca",
+                  "python visualize.py map", "python visualize.py curves", "python reproduce.py methods", "python data.py",
+                  "python -m pytest"):
         assert any(line.startswith(start) for line in COMMANDS), start
 
 
@@ -138,7 +140,7 @@ def test_command_of_the_readme_runs(place, line, monkeypatch):
         words[0:1] = [sys.executable, "-m", "torch.distributed.run"]
     else:
         words[0] = sys.executable
-    for folder in re.findall(r"--(?:ckpt|init) (\S+)", line):
+    for folder in re.findall(r"--(?:ckpt|init) (\S+)", line) + (re.findall(r"runs/\S+", line) if "curves" in line else []):
         train(place, folder)
     words = [*("2" if words[i - 1] == "--accumulate" else w for i, w in enumerate(words)), *SHRINK[script].split()]
     if SHRINK[script] == TRAIN and "--out" not in line:
@@ -153,6 +155,14 @@ def test_command_of_the_readme_runs(place, line, monkeypatch):
     assert f"{max(2, ranks) if line.startswith('torchrun') else 1} x cpu" in shown or SHRINK[script] != TRAIN
 
 
+def test_as_many_lines_of_two_scripts_differ_as_the_readme_says():
+    said = re.findall(r"^diff (\w+\.py) (\w+\.py) +# (\d+)", README, re.M)
+    assert len(said) == 6
+    for one, other, count in said:
+        shown = subprocess.run(["diff", one, other], cwd=ROOT, capture_output=True, text=True).stdout
+        assert sum(line[:1] in ("<", ">") for line in shown.splitlines()) == int(count), (one, other)
+
+
 def test_the_five_lines_of_the_readme_run(place):
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
     train(place, "runs/avjepa_lejepa-toy-seed0")
@@ -162,8 +172,8 @@ def test_the_five_lines_of_the_readme_run(place):
 
 
 def test_every_file_and_flag_that_the_readme_names_exists():
-    for name in re.findall(r"`(\w+\.py)`", README):
-        assert (ROOT / name).is_file(), name
+    for script, link in re.findall(r"`(\w+\.py)`|\]\(([^#)]\S*?)\)", README):
+        assert "://" in link or any((folder / (script or link)).is_file() for folder in (ROOT, ROOT / "figures")), script or link
     sources = "".join((ROOT / f).read_text() for f in SHRINK) + (ROOT / "common.py").read_text()
     for line in COMMANDS:
         for flag in re.findall(r"\.py\b.*", line):

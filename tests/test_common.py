@@ -320,6 +320,55 @@ def test_token_i_is_the_linear_map_of_patch_i_plus_its_position(channels, shape,
         torch.testing.assert_close(tokens[:, i], cut.flatten(1) @ weight.T + patches.proj.bias + here, atol=1e-5, rtol=1e-5)
 
 
+def slow_weights(block, x):
+    """Per clip, head and query: exp of the scaled scores, over their sum; and the values. x (B, N, D) as it comes into the block."""
+    dim, heads, d = x.shape[-1], block.heads, x.shape[-1] // block.heads
+    h = F.layer_norm(x, (dim,), block.norm1.weight, block.norm1.bias, 1e-6).double().numpy()
+    weight, bias = block.qkv.weight.double().numpy(), block.qkv.bias.double().numpy()
+    out, values = np.zeros((len(x), heads, x.shape[1], x.shape[1])), np.zeros((len(x), heads, x.shape[1], d))
+    for b, head in np.ndindex(len(x), heads):
+        rows = [slice(part * dim + head * d, part * dim + head * d + d) for part in range(3)]
+        q, k, values[b, head] = ([weight[some] @ token + bias[some] for token in h[b]] for some in rows)
+        for i in range(len(q)):
+            scores = [math.exp(q[i] @ k[j] / math.sqrt(d)) for j in range(len(k))]
+            out[b, head, i] = [s / sum(scores) for s in scores]
+    return torch.from_numpy(out), torch.from_numpy(values)
+
+
+def steep_vit(**other):
+    """Attention far from uniform, with biases that matter."""
+    vit = nano_vit(**other).requires_grad_(False)
+    for block in vit.transformer.blocks:
+        block.qkv.weight.mul_(20), block.qkv.bias.copy_(random(len(block.qkv.bias)))
+    return vit
+
+
+@pytest.mark.parametrize("layer, more", [(-1, {}), (1, dict(cls=False)), (0, dict(norm_in=False)), (0, dict(cls=False, norm_out=True))])
+def test_the_attention_weights_are_those_that_the_forward_pass_uses(layer, more):
+    vit, video, audio, passed = steep_vit(**more), random(2, 3, *VIDEO["shape"]), random(2, 1, 8, 22), []
+    block = vit.transformer.blocks[layer]
+    block.register_forward_hook(lambda module, given, made: passed.append((given[0], made)))
+    vit(video, audio)
+    x, y = passed[0]
+    (weights, values), got, n = slow_weights(block, x), vit.attention_weights(video, audio, layer).double(), x.shape[1]
+    assert got.shape == (2, 2, n, n) and n == NV + NA + more.get("cls", True) and got.max() > 0.5
+    torch.testing.assert_close(got, weights, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(got.sum(-1), torch.ones(2, 2, n).double(), atol=1e-5, rtol=0)
+    x = x + block.proj((got @ values).float().transpose(1, 2).flatten(2))                           # the attention branch
+    torch.testing.assert_close(x + block.fc2(F.gelu(block.fc1(block.norm2(x)))), y, atol=1e-4, rtol=1e-3)
+
+
+def test_the_forward_and_backward_pass_make_no_explicit_softmax(monkeypatch):
+    def never(*args, **more):
+        raise AssertionError("called")
+
+    vit = nano_vit()
+    monkeypatch.setattr(ViT, "attention_weights", never)
+    for owner in (torch, torch.Tensor, F):
+        monkeypatch.setattr(owner, "softmax", never)
+    vit(random(2, 3, *VIDEO["shape"]), random(2, 1, 8, 22)).sum().backward()
+
+
 def test_an_input_of_another_shape_is_refused():
     assert "(8, 22)" in fails(nano_vit(), audio=random(1, 1, 9, 22), match="9, 22")        # other mel bins
     fails(nano_vit(), audio=random(1, 1, 8, 1), match="8, 1")                               # shorter than a patch

@@ -963,12 +963,15 @@ def test_toy_onsets_in_the_sound_fall_at_the_bounces(index):
     assert (circular(t[lowest], (phases[heard] * period) % period, period) < 0.1).all()
 
 
-def pixels_of(index):
-    """(T, H, W) bool: the pixels of a toy clip that have the hue of its label."""
+HUES = (0, 0.09, 0.36, 0.48, 0.62, 0.74, 0.87, 0.22)      # red, orange, green, teal, blue, violet, pink, lime
+
+
+def pixels_of(index, label=None):
+    """(T, H, W) bool: the pixels of a toy clip that have the hue of its label, or of another one."""
     frames, _, truth = toy_item(index)
-    hues = dict(red=0, orange=0.09, green=0.36, teal=0.48, blue=0.62, violet=0.74, pink=0.87, lime=0.22)
+    assert [name.split()[0] for name in data.TOY_CLASSES] == ["red", "orange", "green", "teal", "blue", "violet", "pink", "lime"]
     found, strength = hue(frames)
-    return (circular(found, hues[data.TOY_CLASSES[truth["label"]].split()[0]]) < 0.05) & (strength > 0.55)
+    return (circular(found, HUES[truth["label"] if label is None else label]) < 0.05) & (strength > 0.55)
 
 
 def test_toy_place_points_at_the_objects_colour():
@@ -983,6 +986,26 @@ def test_toy_place_points_at_the_objects_colour():
         assert whole.sum() >= 5 and np.median(np.abs(middles - place[whole])) < 1, index
         hits.append(np.mean([m[int(y), int(x)] for m, (x, y) in zip(mask, place)]) > 0.9)
     assert 0.55 < np.mean(hits) <= 1                                            # three shapes of four have no hole
+
+
+def test_toy_silent_place_points_at_the_second_object_and_is_nan_without_one():
+    """Of the seven other hues one lies around the place in the frames, as far as the sounding object does not cover it."""
+    found = 0
+    for index in range(24):
+        truth = toy_item(index)[2]
+        place = truth["silent_place"] * 64
+        assert place.shape == (40, 2) and np.isnan(place).all() == np.isnan(place).any() == (not truth["silent"])
+        if truth["silent"]:
+            apart = np.abs(np.stack(np.meshgrid(*[np.arange(64) + 0.5] * 2), -1) - place[:, None, None]).max(-1)
+            masks = [pixels_of(index, label) & (apart < 20) for label in range(8) if label != truth["label"]]
+            mask = max(masks, key=np.sum)
+            whole = (mask.sum((1, 2)) > 20) & ~(mask[:, [0, -1]].any((1, 2)) | mask[:, :, [0, -1]].any((1, 2)))
+            whole &= np.abs(truth["place"] * 64 - place).max(1) > 26                # the sounding object is drawn over it
+            middles = np.array([[np.median(np.nonzero(m)[1]), np.median(np.nonzero(m)[0])] for m in mask[whole]]) + 0.5
+            if whole.sum() >= 5:
+                found += 1
+                assert np.median(np.abs(middles - place[whole])) < 1, index
+    assert found >= 5
 
 
 def test_toy_size_and_pitch_move_together():

@@ -1,12 +1,12 @@
 """AVJEPA (NC State): its views, its masks, its loss and its runs, each against a reference of its own."""
-import copy, functools, itertools, json, math, os, signal, subprocess, sys
+import copy, functools, itertools, json, math, os, signal, sys
 from fractions import Fraction
 from pathlib import Path
 
 import avjepa_ncsu, common, data, probe
 from avjepa_ncsu import AVJEPA, MODALITIES, draw_masks
 from common import Process, UserError
-from conftest import ROOT, StopAfter, same, weights, write
+from conftest import ROOT, StopAfter, command, same, weights, write
 
 import numpy as np
 import pytest
@@ -1425,7 +1425,7 @@ def test_a_modality_that_no_clip_has_is_named_once(tmp_path, capsys):
 
 
 def test_bad_input_as_a_command_exits_with_2_and_no_traceback(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "avjepa_ncsu.py"), "--data", "esc50"], cwd=tmp_path, capture_output=True, text=True)
+    done = command([sys.executable, str(ROOT / "avjepa_ncsu.py"), "--data", "esc50"], tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip() == "error: --data esc50 has no pictures; give --modalities audio, or use ajepa.py"
     assert not any(tmp_path.iterdir())

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import ajepa, common, mjepa, probe, reproduce
 from common import UserError
-from conftest import ROOT
+from conftest import ROOT, command
 
 import matplotlib
 matplotlib.use("Agg")
@@ -98,7 +98,7 @@ def test_runs_of_another_command_in_the_folder_are_refused(experiment):
     assert len(started(experiment)) == 2
 
 
-def test_a_signal_saves_the_run_under_way_which_the_next_call_then_ends(toy, tmp_path):
+def test_a_signal_saves_the_run_under_way_which_the_next_call_then_ends(toy, tmp_path, monkeypatch):
     """The real command, on the tiny toy world: SIGTERM in the middle of a row's training."""
     out, folder = tmp_path / "masking", tmp_path / "masking" / "random-patches-75-seed0"
     words = [sys.executable, str(ROOT / "reproduce.py"), "masking", "--seeds", "0", "--out", str(out), "--data-dir", str(toy)]
@@ -114,9 +114,10 @@ def test_a_signal_saves_the_run_under_way_which_the_next_call_then_ends(toy, tmp
     shown, stopped = process.communicate(timeout=60)[0], len(common.read_log(folder))
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in shown
     assert 3 < stopped < 60 and common.load_checkpoint(folder)["step"] == stopped and not (folder / "results.json").exists()
+    monkeypatch.setattr(probe, "frozen_schedule", lambda clips: (8, 2))            # not 2,000 steps of each probe at its end
     ajepa.main([*json.loads((folder / "command.json").read_text())["command"][1:]])                # what the next call does first
     assert [row["step"] for row in common.read_log(folder)] == list(range(60))         # nothing twice, nothing left out
-    assert "left: random" not in subprocess.run([*words, "--dry-run"], env=env, capture_output=True, text=True).stdout
+    assert "left: random" not in command([*words, "--dry-run"], tmp_path).stdout
 
 
 def test_flags_that_made_every_run_fail_do_not_block_the_folder(experiment):
@@ -161,7 +162,7 @@ def test_what_an_experiment_cannot_take_is_refused(flags, says):
 
 
 def test_a_bad_flag_ends_the_command_with_a_sentence():
-    done = subprocess.run([sys.executable, str(ROOT / "reproduce.py"), "masking", "--fresh"], capture_output=True, text=True)
+    done = command([sys.executable, str(ROOT / "reproduce.py"), "masking", "--fresh"], ROOT)
     assert done.returncode == 2 and "error: --fresh: an experiment decides that itself" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -375,7 +376,7 @@ def test_the_row_of_the_real_probe_is_the_one_that_is_looked_for(toy, tmp_path, 
     folder = save_run(tmp_path / "run", "mjepa")
     run = {"command": ["mjepa.py", *FLAGS, "--data-dir", str(toy), "--workers", "0"], "folder": folder,
            "after": [f"{reproduce.ATTENTIVE} audio", f"{reproduce.ATTENTIVE} video --baseline untrained"]}
-    for command in reproduce.probes(run):
-        assert reproduce.probed(run, command) is None
-        probe.main(command[1:])
+    for words in reproduce.probes(run):
+        assert reproduce.probed(run, words) is None
+        probe.main(words[1:])
         assert reproduce.probed(run, command)["value"] >= 0

@@ -379,4 +379,4 @@ def test_the_row_of_the_real_probe_is_the_one_that_is_looked_for(toy, tmp_path, 
     for words in reproduce.probes(run):
         assert reproduce.probed(run, words) is None
         probe.main(words[1:])
-        assert reproduce.probed(run, command)["value"] >= 0
+        assert reproduce.probed(run, words)["value"] >= 0

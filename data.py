@@ -29,7 +29,6 @@ SILENT = ("ssv2",)                                      # sets without sound
 NAMES = ("toy", "audioset", "audioset-20k", "audioset-full", "vggsound", "kinetics400", *SILENT, *SOUNDS, "folder")
 MEDIA = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv", ".ts",
          ".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff"}
-BROKEN_PACKET = (av.error.InvalidDataError, av.error.PermissionError)               # AAC's decoder says -1, which reads as EPERM
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -91,7 +90,7 @@ def _read_windows(path, plan, num_frames, size, sample_rate, frame_rate):
         for packet in container.demux(chosen) if chosen else ():
             try:
                 frames = packet.decode()
-            except BROKEN_PACKET:                                       # the rest may be fine
+            except av.error.FFmpegError:                                # one broken packet, of half a dozen kinds: the rest may be fine
                 continue
             for frame in frames:
                 if frame.pts is None:

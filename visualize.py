@@ -216,7 +216,7 @@ def write_film(path, out, moments, maps, crop, text):
         for packet in source.demux(video, sound):
             try:
                 frames = [frame for frame in packet.decode() if frame.pts is not None]
-            except data.BROKEN_PACKET:                  # the rest may be fine
+            except av.error.FFmpegError:                # one broken packet: the rest may be fine
                 continue
             for frame in frames:
                 now = frame.time - origin

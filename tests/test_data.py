@@ -265,6 +265,21 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.parametrize("kind, wrong", [("audio", 0x00), ("audio", 0xff), ("video", 0x00), ("video", 0xff)])
+def test_one_broken_packet_of_whatever_error_costs_its_own_moment_alone(tmp_path, clips, kind, wrong):
+    raw, path = bytearray((clips / "good.mp4").read_bytes()), tmp_path / "broken.mp4"
+    with av.open(str(clips / "good.mp4")) as container:
+        packet = [p for p in container.demux(**{kind: 0}) if p.size and 3.9 < p.pts * p.time_base < 4.1][0]
+        raw[packet.pos:packet.pos + packet.size] = bytes([wrong]) * packet.size
+    path.write_bytes(raw)
+    clip = data.read_clip(path, 0.0, 8.0, 16, 48)
+    assert clip["has_video"] and clip["has_audio"]
+    loud = np.abs(clip["audio"]).reshape(16, -1).max(1) > 0.4                           # of each half second
+    assert loud.sum() >= 15 and loud[:7].all() and loud[9:].all()
+    numbers = [read_number(frame) for frame in clip["video"]]
+    assert np.abs(np.array(numbers[:7] + numbers[11:]) - (25 * (np.r_[:7, 11:16] + 0.5) / 2)).max() < 1.5
+
+
 def test_nothing_crashes_on_a_damaged_file(tmp_path, clips):
     """In a process of its own, since what a damaged file does to FFmpeg may be a segmentation fault."""
     kinds = {}                                                                  # file name: the answers that are right

@@ -1,5 +1,5 @@
 """A-JEPA: its masks, its mel, its loss, and its runs from the command line, each against a reference of its own."""
-import copy, itertools, json, math, subprocess, sys
+import copy, itertools, json, math, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -857,9 +857,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_the_command_trains(toy, tmp_path):
-    command = [sys.executable, str(ROOT / "ajepa.py"), "--data", "folder", "--data-dir", str(toy / "train"), "--recipe", "toy", "--steps",
-               "2", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    words = [sys.executable, str(ROOT / "ajepa.py"), "--data", "folder", "--data-dir", str(toy / "train"), "--recipe", "toy", "--steps",
+             "2", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+    done = command(words, tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     rows, cols = grid_of(tmp_path / "run")
     assert f"{rows} x {cols} = {rows * cols} tokens" in done.stdout and "trained 2 steps" in done.stdout

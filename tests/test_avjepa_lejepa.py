@@ -94,16 +94,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_lambda_zero_says_that_it_collapses_and_names_the_collapse(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(probe, "toy_report", lambda *_: None)
-    avjepa_lejepa.main(flags(toy, tmp_path, "--steps", 60, "--lam", 0, "--lr", 0.01, "--seconds", 0.5, "--frames", 2))
+    avjepa_lejepa.main(flags(toy, tmp_path, "--steps", 60, "--save-every", 60, "--lam", 0, "--lr", 0.01, "--seconds", 0.5, "--frames", 2))
     out = capsys.readouterr().out
     assert "collapse by design" in out and "COLLAPSE at step" in out
     assert common.read_log(tmp_path)[-1]["step"] == 59                                          # it said so and went on
 
 
 def test_one_batch_is_learnt_without_collapse(toy):
-    _, recipe = avjepa_lejepa.get_args(["--seconds", "1", "--frames", "4"])
+    _, recipe = avjepa_lejepa.get_args(["--seconds", "0.5", "--frames", "2"])
     inputs = avjepa_lejepa.make_inputs(recipe)
-    plan = avjepa_lejepa.functools.partial(avjepa_lejepa.plan_views, seconds=1.0, local="modality")
+    plan = avjepa_lejepa.functools.partial(avjepa_lejepa.plan_views, seconds=0.5, local="modality")
     clips = data.Clips(data.list_clips("toy", toy), inputs, plan)
     batch = data.to_device(data.collate([clips[0, i] for i in range(16)]), torch.device("cpu"))
     common.seed_step(0, 0)

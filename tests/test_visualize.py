@@ -378,7 +378,7 @@ def test_curves_of_runs_with_other_columns_are_told_apart_without_colour(runs, t
     assert named == [f"MJEPA, toy, {folders[0]}, step 31"] + [f"{folder}, step 31" for folder in folders[1:]]
     axes = {ax.get_title(): ax for ax in many.axes if ax.lines}
     assert set(axes) == {"loss", "rank", "ms_step, ms", "sigreg", "a"} and all(ax.get_xlabel() == "step" for ax in axes.values())
-    assert {block._supylabel.get_text() for block in many.subfigs} == {"losses", "health"}
+    assert {text.get_text() for ax in many.axes for text in ax.texts} == {"losses", "health"}
     thick, thin = ([line for line in axes["loss"].lines if (line.get_linewidth() < 1) == below] for below in (False, True))
     assert [line.get_ydata().tolist() for line in thick] == [[first + n for n in range(4)] for first in (1, 3, 1)]
     assert [(line.get_ydata()[0], line.get_linestyle()) for line in thin] == [(2, ":"), (2, ":")]

@@ -20,7 +20,7 @@ import probe
 import retrieval
 from conftest import ROOT, StopAfter, same, weights
 
-TINY = ["--batch-size", "4", "--log-every", "1", "--save-every", "1", "--device", "cpu"]
+TINY = ["--batch-size", "4", "--log-every", "1", "--save-every", "1", "--device", "cpu", "--size", "nano"]
 
 
 def flags(toy, out, *more):
@@ -230,9 +230,9 @@ def test_five_lines_from_a_file_to_an_embedding(toy, run):
     encoder = common.load_encoder(run)
     clip = data.load_clip(toy / "test" / "00000.mp4", encoder.inputs)
     tokens, embedding = encoder(**clip)
-    assert tokens.shape == (1, 36 + 24, 128) and embedding.shape == (1, 128)
+    assert tokens.shape == (1, 36 + 24, 64) and embedding.shape == (1, 64)
     sound, _ = encoder(audio=clip["audio"])
-    assert sound.shape == (1, 24, 128) and not embedding.requires_grad
+    assert sound.shape == (1, 24, 64) and not embedding.requires_grad
 
 
 def test_a_query_by_a_clips_own_sound_lists_the_folder_with_scores(toy, run, capsys):

@@ -751,12 +751,12 @@ def draw_curves(path, runs, title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     # a column that is always 0 counts troubles that never came
-    columns = dict.fromkeys(key for rows in runs.values() for row in rows for key in row if row[key] and key != "step")
+    columns = dict.fromkeys(key for rows in runs.values() for row in rows for key in row if row[key] and key != "step") or ["loss"]
     losses = [c for c in columns if c in LOSSES or f"{c}/know_nothing" in columns]
     panels = {"losses": [c for c in losses if c != "know_nothing"],
               "health": [c for c in columns if c not in losses and not c.endswith("/know_nothing")]}
     panels = {name: some for name, some in panels.items() if some}
-    width = min(6, max(map(len, panels.values())))
+    width = min(6, max(3, *map(len, panels.values())))             # of three at least, for the title
     rows_of = {name: math.ceil(len(some) / width) for name, some in panels.items()}
     many, styles, size = len(runs) > 1, {}, (0.7 + 2.8 * width, 1.1 + 0.22 * len(runs) + 2.3 * sum(rows_of.values()))
     fig, axes = plt.subplots(sum(rows_of.values()), width, figsize=size, squeeze=False)

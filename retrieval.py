@@ -105,10 +105,12 @@ def similarity(queries, candidates, embedding):
     return queries @ candidates.T
 
 
-def rarest(listing):
-    """The rarest label of each clip, (N,), -1 where it has none."""
+def rarest(listing, among=None):
+    """The rarest label of each clip, (N,), -1 where it has none. among: the class indices that count, by default all."""
     frequency = np.bincount(listing.labels, minlength=len(listing.classes))
-    return np.array([min(listing.clip_labels(i), key=lambda c: frequency[c], default=-1) for i in range(len(listing))])
+    among = set(range(len(listing.classes)) if among is None else among)
+    labels = ([c for c in listing.clip_labels(i).tolist() if c in among] for i in range(len(listing)))
+    return np.array([min(some, key=lambda c: frequency[c], default=-1) for some in labels])
 
 
 def choose(listing, clips, seed=0):

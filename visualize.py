@@ -330,7 +330,8 @@ def toy_frames(inputs):
 
 def attention_on_toy(args, process, workers):
     """attention --data toy: how often the peak of audio -> video attention, at each moment, is the patch where the sounding object is, or
-    the silent one: of the encoder, of the same one untrained, of a random patch, and of the one patch that is right most often."""
+    the silent one: of the encoder, of the same one untrained, of the one patch that is right most often, of the encoder's attention to
+    other clips (the next eight), and of a random patch."""
     began, encoders = time.time(), {name: load(args, process, name == "untrained") for name in ("trained", "untrained")}
     vit, inputs, listing = encoders["trained"].vit, data.Inputs(**encoders["trained"].inputs), data.list_clips("toy", args.data_dir, "test")
     plan, maps, index = functools.partial(data.even_views, 1, inputs), {name: [] for name in encoders}, []
@@ -350,6 +351,8 @@ def attention_on_toy(args, process, workers):
     columns = {"sounding": (slice(None), sounding), "sounding, of two": (two, sounding[two]), "silent, of two": (two, silent[two])}
     heat = {**{name: x.mean(1) for name, x in maps.items()}, "same patch": np.broadcast_to(share, sounding.shape)}
     rows = {name: {column: hits(x[some], target) for column, (some, target) in columns.items()} for name, x in heat.items()}
+    rows["another clip's"] = {column: float(np.mean([hits(np.roll(heat["trained"], shift, 0)[some], target) for shift in range(1, 9)]))
+                              for column, (some, target) in columns.items()}
     rows["random patch"] = {column: 100 * float(target[target.any((2, 3))].mean()) for column, (_, target) in columns.items()}
     heads = {name: [hits(x[:, h], sounding) for h in range(x.shape[1])] for name, x in maps.items()}
     block = args.layer % len(vit.transformer.blocks)
@@ -528,7 +531,7 @@ def draw_map(planes, groups, names, hollow, lines, heading):
 
 def group_clips(listing, path):
     """(names of the groups, group of each clip (N,), -1: not to be drawn): its class (of several the rarest), or the group of its class by
-    the csv at `path`; all are one where there are no classes."""
+    the csv at `path` (of several that it names the rarest); all are one where there are no classes."""
     if listing.labels is None:
         if path:
             raise UserError("--groups: these clips have no classes; put them into one sub-folder for each class")
@@ -536,7 +539,7 @@ def group_clips(listing, path):
     groups = read_groups(path, listing.classes) if path else {name: name for name in listing.classes}
     names = list(dict.fromkeys(groups.values()))
     of_class = np.array([names.index(groups[name]) if name in groups else -1 for name in listing.classes] + [-1])       # [-1]: no label
-    return names, of_class[retrieval.rarest(listing)]
+    return names, of_class[retrieval.rarest(listing, np.flatnonzero(of_class[:-1] >= 0))]
 
 
 def map_clips(args, encoder, process, workers):

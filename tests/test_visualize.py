@@ -251,7 +251,7 @@ def test_a_peak_on_the_object_counts_and_on_the_silent_one_does_not(runs, toy, t
     visualize.main(words("attention", runs["avjepa_lejepa"], tmp_path, toy=toy))
     row, two = json.loads((tmp_path / "visualize.jsonl").read_text()), np.flatnonzero(read["silent"])
     percent, out = row["percent"], capsys.readouterr().out
-    assert all(f"{name:14s}" in out for name in ("trained", "untrained", "same patch", "random patch")) and "block 3" in out
+    assert all(f"{name:14s}" in out for name in ("trained", "untrained", "same patch", "another clip's", "random patch")) and "block 3" in out
     assert count == {True: 16, False: 16} and [row[k] for k in ("of two", "N", "layer", "step")] == [len(two), 16, 3, 1234]
     assert percent["trained"]["sounding"] == percent["trained"]["sounding, of two"] == 100 == percent["untrained"]["silent, of two"]
     overlap = np.mean([patches["silent_place"][n][t][0] in patches["place"][n][t] for n in two for t in range(2)])
@@ -267,7 +267,8 @@ def test_a_peak_on_the_object_counts_and_on_the_silent_one_does_not(runs, toy, t
 def test_the_command_line_writes_its_row(runs, toy, tmp_path):
     done = command([sys.executable, str(ROOT / "visualize.py"), *words("attention", runs["mjepa"], tmp_path, toy=toy)], tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "random patch" in done.stdout, done.stderr[-2000:]
-    assert list(json.loads((tmp_path / "visualize.jsonl").read_text())["percent"]) == ["trained", "untrained", "same patch", "random patch"]
+    names = ["trained", "untrained", "same patch", "another clip's", "random patch"]
+    assert list(json.loads((tmp_path / "visualize.jsonl").read_text())["percent"]) == names
 
 
 @pytest.mark.parametrize("n, d, count", [(50, 8, 3), (6, 20, 3), (30, 2, 3), (2, 5, 3), (40, 9, 2)])

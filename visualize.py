@@ -331,7 +331,7 @@ def toy_frames(inputs):
 def attention_on_toy(args, process, workers):
     """attention --data toy: how often the peak of audio -> video attention, at each moment, is the patch where the sounding object is, or
     the silent one: of the encoder, of the same one untrained, of the one patch that is right most often, of the encoder's attention to
-    other clips (the next eight), and of a random patch."""
+    other clips (the eight before), and of a random patch."""
     began, encoders = time.time(), {name: load(args, process, name == "untrained") for name in ("trained", "untrained")}
     vit, inputs, listing = encoders["trained"].vit, data.Inputs(**encoders["trained"].inputs), data.list_clips("toy", args.data_dir, "test")
     plan, maps, index = functools.partial(data.even_views, 1, inputs), {name: [] for name in encoders}, []

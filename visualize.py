@@ -175,7 +175,7 @@ def draw_attention(encoder, views, spans, number, maps, heading):
             peak = [(n + 0.5) * side / count - 0.5 for n, side, count in zip(most, frame.shape, heat.shape)]
             ax.plot(*peak[::-1], "w+", ms=11, mew=3), ax.plot(*peak[::-1], "k+", ms=10, mew=1)
         row[0].set_ylabel(name, fontsize=9)
-        image, label, extent = mel, "log mel", mel_extent(inputs, mel.shape[1], sound)
+        image, label, extent = mel, "log mel, normalised", mel_extent(inputs, mel.shape[1], sound)
         if heard is not None:
             columns = np.linspace(*extent[:2], 2 * mel.shape[1] + 1)[1::2]
             row[-1].contour(columns, np.arange(len(mel)) + 0.5, mel, levels=[np.percentile(mel, 85)], colors="tab:orange", linewidths=0.5)
@@ -575,7 +575,7 @@ def map_clips(args, encoder, process, workers):
     g = group[index]
 
     print(f"t-SNE of {len(x):,} points", flush=True)
-    tsne = TSNE(2, init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=args.seed, verbose=2 * (len(x) > 1000)).fit_transform(x)
+    tsne = TSNE(2, init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=args.seed, verbose=2 * (len(x) > 500)).fit_transform(x)
     flat, share = principal(x, 2)
     planes = {"t-SNE": (("t-SNE 1 (no unit)", "t-SNE 2 (no unit)"), tsne),
               "PCA": ([f"component {k + 1} ({100 * s:.0f} % of the variance)" for k, s in enumerate(share)], flat)}

@@ -102,7 +102,7 @@ def test_a_signal_saves_the_run_under_way_which_the_next_call_then_ends(toy, tmp
     """The real command, on the tiny toy world: SIGTERM in the middle of a row's training."""
     out, folder = tmp_path / "masking", tmp_path / "masking" / "random-patches-75-seed0"
     words = [sys.executable, str(ROOT / "reproduce.py"), "masking", "--seeds", "0", "--out", str(out), "--data-dir", str(toy)]
-    words += "--steps 30 --batch-size 4 --workers 0 --log-every 1".split()
+    words += "--steps 60 --batch-size 4 --workers 0 --log-every 1".split()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -113,10 +113,10 @@ def test_a_signal_saves_the_run_under_way_which_the_next_call_then_ends(toy, tmp
         process.send_signal(signal.SIGTERM)
     shown, stopped = process.communicate(timeout=60)[0], len(common.read_log(folder))
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in shown
-    assert 3 < stopped < 30 and common.load_checkpoint(folder)["step"] == stopped and not (folder / "results.json").exists()
+    assert 3 < stopped < 60 and common.load_checkpoint(folder)["step"] == stopped and not (folder / "results.json").exists()
     monkeypatch.setattr(probe, "frozen_schedule", lambda clips: (8, 2))            # not 2,000 steps of each probe at its end
     ajepa.main([*json.loads((folder / "command.json").read_text())["command"][1:]])                # what the next call does first
-    assert [row["step"] for row in common.read_log(folder)] == list(range(30))         # nothing twice, nothing left out
+    assert [row["step"] for row in common.read_log(folder)] == list(range(60))         # nothing twice, nothing left out
     assert "left: random" not in command([*words, "--dry-run"], tmp_path).stdout
 
 

@@ -188,7 +188,7 @@ def test_the_command_lights_the_clip_where_and_when_the_encoder_attends(runs, tm
     rows = np.reshape(figs[0].axes[:6], (2, 3))         # the pictures of two moments and the sound; input, and lit
     assert [float(ax.get_title().removesuffix(" s")) for ax in rows[0, :2]] == pytest.approx([2.75, 3.75], abs=0.05)
     assert all(row[-1].get_ylabel() == "Hz" for row in rows) and rows[1, -1].get_xlabel() == "seconds"
-    assert {ax.get_ylabel() for ax in figs[0].axes[6:]} == {"log mel", "share of the largest"}
+    assert {ax.get_ylabel() for ax in figs[0].axes[6:]} == {"log mel, normalised", "share of the largest"}
     assert rows[1, -1].get_xlim() == pytest.approx((2, 4), abs=0.02)
     lit = read_film(out[1])[1][:, -240:, 320:].mean(-1)[:, 24:216, 64:256]         # the crop of .8
     for frame, cell in {5: (1, 0), 15: (2, 0), 25: (1, 1), 29: (1, 2), 35: (2, 1), 39: (2, 2)}.items():     # ten a second

@@ -328,12 +328,12 @@ def toy_frames(inputs):
     return np.floor(times + 1e-5).astype(int).clip(0, round(data.TOY["seconds"] * data.TOY["fps"]) - 1)
 
 
-def attention_on_toy(args, process, workers):
+def attention_on_toy(args, trained, process, workers):
     """attention --data toy: how often the peak of audio -> video attention, at each moment, is the patch where the sounding object is, or
     the silent one: of the encoder, of the same one untrained, of the one patch that is right most often, of the encoder's attention to
     other clips (the eight before), and of a random patch."""
-    began, encoders = time.time(), {name: load(args, process, name == "untrained") for name in ("trained", "untrained")}
-    vit, inputs, listing = encoders["trained"].vit, data.Inputs(**encoders["trained"].inputs), data.list_clips("toy", args.data_dir, "test")
+    began, encoders = time.time(), {"trained": trained, "untrained": load(args, process, untrained=True)}
+    vit, inputs, listing = trained.vit, data.Inputs(**trained.inputs), data.list_clips("toy", args.data_dir, "test")
     plan, maps, index = functools.partial(data.even_views, 1, inputs), {name: [] for name in encoders}, []
     for b in data.eval_batches(listing, inputs, plan, 32, workers, data.Troubles(len(listing)), "attention"):
         index += b["index"].tolist()
@@ -364,7 +364,7 @@ def attention_on_toy(args, process, workers):
     for name, values in heads.items():
         print(f"sounding, by each head, {name}: " + "  ".join(f"{value:.1f}" for value in values))
     add_row(args, {"what": "attention", "data": "toy", "layer": block, "percent": rows, "heads": heads, "N": len(index),
-                   "of two": int(two.sum()), "grid": list(vit.video.grid), "step": encoders["trained"].step,
+                   "of two": int(two.sum()), "grid": list(vit.video.grid), "step": trained.step,
                    "seconds": round(time.time() - began, 1)})
 
 
@@ -711,7 +711,7 @@ def main(argv=None):
     common.check_range("--layer", args.layer, -1, len(encoder.vit.transformer.blocks) - 1)
     if encoder.vit.video is None or encoder.vit.audio is None:
         raise UserError(f"{args.ckpt}: this {encoder.method} encoder takes one modality only; attention between the two needs both")
-    attention_of_clip(args, encoder, process) if args.clip else attention_on_toy(args, process, workers)
+    attention_of_clip(args, encoder, process) if args.clip else attention_on_toy(args, encoder, process, workers)
 
 
 if __name__ == "__main__":

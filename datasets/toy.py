@@ -1,0 +1,269 @@
+"""The toy world: sound and sight with common causes, as real H.264 + AAC files.
+
+The class is heard as timbre and seen as hue. Size is pitch (small is high). Each bounce is an onset. The
+shape, the background, brightness, place, drift, gain and noise mean nothing; in half of the clips a second
+object of another hue glides by without bouncing or sounding."""
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common import UserError, end_workers
+from datasets.batches import start_worker
+from datasets.listing import list_found
+
+TOY = dict(train=1536, test=256, seconds=4.0, fps=10, side=64, sample_rate=16000, seed=0, version=1)
+TOY_CLASSES = ("red odd", "orange saw", "green octaves", "teal bell",
+               "blue tremolo", "violet hollow", "pink breath", "lime formant")
+TOY_HUES = (0.0, 0.09, 0.36, 0.48, 0.62, 0.74, 0.87, 0.22)
+TREMOLO = 4                                                     # the class whose notes tremble ...
+BREATH = 6                                                      # ... and the one whose notes hiss
+CODING = {"preset": "veryfast", "tune": "fastdecode", "crf": "20",
+          "x264-params": "mbtree=0"}                            # mbtree is not repeatable
+
+
+def toy_folder():
+    """Where the clips lie unless another folder is given."""
+    return Path("cache") / f"toy-v{TOY['version']}-seed{TOY['seed']}"
+
+
+def list_toy(folder, split):
+    labels = np.load(folder / split / "truth.npz")["label"]
+    return list_found(folder, [(f"{split}/{i:05d}.mp4", [c]) for i, c in enumerate(labels)], TOY_CLASSES)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A clip
+# ------------------------------------------------------------------------------------------------------------
+
+def toy_clip(seed, split, index):
+    """One clip of the world: (frames (T, H, W, 3) uint8, wave (samples,) float32, truth dict). A pure
+    function."""
+    rng = np.random.default_rng((seed, ("train", "test").index(split), index))
+    label = index % len(TOY_CLASSES)
+    octave = rng.uniform(0, 2)                                  # the cause that size and pitch share
+    radius = TOY["side"] * 0.27 * 3 ** (-octave / 2)
+    pitch = 220 * 2 ** octave
+    period = rng.uniform(0.5, 1.2)                              # seconds from bounce to bounce
+    phase = rng.uniform(0, 1)
+    onsets = (np.arange(-1, 10) + phase) * period
+    t = (np.arange(int(TOY["seconds"] * TOY["fps"])) + 0.5) / TOY["fps"]
+    u = (t / period - phase) % 1.0                              # 0 at each onset
+    x = glide(rng, t)
+    floor = rng.uniform(0.75, 0.88)
+    height = rng.uniform(0.3, 0.5)
+    y = floor - height * 4 * u * (1 - u)                        # parabolas: on the floor at each onset
+    silent = bool(rng.integers(2))
+    frames = draw_background(rng, t)
+    silent_place = np.full((len(t), 2), np.nan)
+    if silent:
+        other = (label + rng.integers(1, len(TOY_CLASSES))) % len(TOY_CLASSES)
+        silent_x = glide(rng, t)
+        silent_y = glide(rng, t)
+        size = TOY["side"] * 0.27 * 3 ** (-rng.uniform(0, 1))
+        frames = draw_object(frames, silent_x, silent_y, size, draw_color(rng, other), rng.integers(4))
+        silent_place = np.stack([silent_x, silent_y], 1)
+    frames = draw_object(frames, x, y, radius, draw_color(rng, label), rng.integers(4))
+    frames = frames * np.float32(rng.uniform(0.6, 1.0)) + 6 * rng.standard_normal(frames.shape, np.float32)
+    wave = play(rng, label, pitch, onsets)
+    truth = {
+        "label": label,
+        "octave": octave,
+        "period": period,
+        "silent": silent,
+        "place": np.stack([x, y], 1),
+        "silent_place": silent_place}
+    return frames.clip(0, 255).astype(np.uint8), wave, truth
+
+
+def glide(rng, t):
+    """A coordinate that drifts and bounces off the side walls."""
+    x = rng.uniform(0.2, 0.8) + rng.uniform(-0.12, 0.12) * t
+    return 0.15 + 0.7 * np.abs((x - 0.15) / 0.7 % 2 - 1)
+
+
+def draw_color(rng, label):
+    """RGB of a hue near the label's, strong and bright."""
+    h = (TOY_HUES[label] + rng.normal(0, 0.012)) % 1
+    s = rng.uniform(0.7, 1.0)
+    v = rng.uniform(0.7, 1.0)
+    k = (np.array([5, 3, 1]) + h * 6) % 6
+    return 255 * (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1))              # HSV -> RGB
+
+
+def draw_background(rng, t):
+    """A smooth field of dull colours that becomes another one every second: (T, H, W, 3) float32."""
+    coarse = rng.uniform(35, 170, (1, 3, int(TOY["seconds"]) + 1, 3, 3)).astype(np.float32)
+    size = (len(t), TOY["side"], TOY["side"])
+    smooth = F.interpolate(torch.from_numpy(coarse), size=size, mode="trilinear", align_corners=True)
+    return smooth[0].permute(1, 2, 3, 0).numpy()
+
+
+def draw_object(frames, x, y, radius, color, shape):
+    """Paint a disc, square, diamond or ring at (x, y) of each frame, (0, 0) the top left corner and (1, 1)
+    the other."""
+    side = frames.shape[1]
+    grid = ((np.arange(side) + 0.5) / side).astype(np.float32)
+    dx = np.abs(grid[None, None, :] - x.astype(np.float32)[:, None, None]) * side           # (T, 1, W)
+    dy = np.abs(grid[None, :, None] - y.astype(np.float32)[:, None, None]) * side           # (T, H, 1)
+    if shape == 1:
+        distance = 1.13 * np.maximum(dx, dy)
+    elif shape == 2:
+        distance = 0.8 * (dx + dy)
+    else:
+        distance = np.hypot(dx, dy)                                                         # (T, H, W)
+    mask = np.clip(radius - distance + 0.5, 0, 1)
+    if shape == 3:
+        mask *= np.clip(distance - radius * 0.45 + 0.5, 0, 1)
+    return frames + mask[..., None] * (color.astype(np.float32) - frames)
+
+
+def timbre(label, pitch):
+    """(frequencies of the partials as multiples of the pitch, their gains)"""
+    n = np.arange(1, 13)
+    formant = np.exp(-0.5 * ((n * pitch - 1800) / 500) ** 2)
+    return (
+        (2 * n - 1, 1.0 / (2 * n - 1)),                                         # odd partials: a square wave
+        (n, 1.0 / n),                                                           # saw
+        (2.0 ** np.arange(5), np.ones(5)),                                      # octaves, equally loud
+        (np.array([1, 2.76, 5.40, 8.93]), np.array([1, 0.8, 0.7, 0.5])),        # a bell: partials out of tune
+        (n[:4], 1.0 / n[:4]),                                                   # few partials, with tremolo
+        (np.array([1, 5, 6, 7]), np.array([1, 0.6, 0.8, 0.6])),             # hollow: nothing between 1 and 5
+        (n[:3], np.array([0.6, 0.3, 0.2])),                                     # breath: tone in noise
+        (n, formant + 0.02),                                                # a formant that stays at 1,800 Hz
+    )[label]
+
+
+def play(rng, label, pitch, onsets):
+    """A note at each onset; the class is the timbre: which partials, how loud, and how they move."""
+    rate = TOY["sample_rate"]
+    t = np.arange(int(TOY["seconds"] * rate)) / rate
+    ratios, gains = timbre(label, pitch)
+    gains = gains / np.sqrt((gains ** 2).sum())
+    decay = rng.uniform(0.12, 0.3)
+    wave = np.zeros_like(t)
+    for onset in onsets:
+        begin = max(0, int(round(onset * rate)))
+        if begin >= len(t) or onset < -0.5:
+            continue
+        s = t[begin:begin + rate] - onset                       # after a second nothing is left of a note
+        frequencies = pitch * ratios * 2 ** rng.normal(0, 0.01)
+        audible = frequencies < 0.45 * rate
+        phases = rng.uniform(0, 2 * np.pi, (audible.sum(), 1))
+        partials = np.sin(2 * np.pi * frequencies[audible, None] * s + phases)           # (partials, samples)
+        note = (gains[audible, None] * partials).sum(0)
+        if label == TREMOLO:
+            note = note * (1 + 0.9 * np.sin(2 * np.pi * 14 * s))
+        if label == BREATH:
+            note = note + 0.7 * rng.normal(size=len(s))
+        wave[begin:begin + rate] += note * np.exp(-s / decay) * np.clip(s / 0.005, 0, 1)
+    brown = rng.integers(2)
+    hiss = rng.normal(size=len(t))
+    if brown:
+        hiss = np.cumsum(hiss)
+    hiss = (hiss - hiss.mean()) / hiss.std()
+    wave = wave / wave.std() + hiss * 10 ** (-rng.uniform(5, 20) / 20)
+    gain = 0.1 * 10 ** (-rng.uniform(0, 12) / 20)
+    return (gain * wave).clip(-1, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------------------
+
+def write_clip(path, frames=None, wave=None, fps=12, sample_rate=16000, bit_rate=64_000):
+    """Write an mp4 with H.264 and AAC. frames (T, H, W, 3) uint8, wave (samples,) or (channels, samples)
+    float in [-1, 1]."""
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        if frames is not None:
+            video = container.add_stream("libx264", rate=fps, options=CODING)
+            video.height, video.width = frames.shape[1:3]
+            video.pix_fmt = "yuv420p"
+            video.codec_context.thread_count = 1
+        if wave is not None:
+            wave = np.atleast_2d(wave).astype(np.float32)
+            layout = "mono" if len(wave) == 1 else "stereo"
+            audio = container.add_stream("aac", rate=sample_rate, layout=layout)
+            audio.bit_rate = bit_rate
+        if frames is not None:                              # both streams are there before the first packet
+            for picture in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                container.mux(video.encode(picture))
+            container.mux(video.encode(None))
+        if wave is not None:
+            for first in range(0, wave.shape[1], 1024):
+                part = np.ascontiguousarray(wave[:, first:first + 1024])
+                frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
+                frame.sample_rate = sample_rate
+                frame.pts = first
+                container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
+
+
+class ToyWriter(Dataset):
+    """Writes clip i when it is asked for it: the data workers are the processes that make the set."""
+    def __init__(self, folder, split):
+        self.folder = Path(folder)
+        self.split = split
+
+    def __len__(self):
+        return TOY[self.split]
+
+    def __getitem__(self, i):
+        frames, wave, truth = toy_clip(TOY["seed"], self.split, i)
+        write_clip(self.folder / self.split / f"{i:05d}.mp4", frames, wave, TOY["fps"], TOY["sample_rate"])
+        return truth
+
+
+def make_toy(folder):
+    """Write the toy clips, once: <split>/<number>.mp4, and truth.npz beside them with label, octave (of pitch
+    and of 1/size), period (s between bounces), silent (is there a silent object), place (N, T, 2), the
+    sounding object's x and y in [0, 1] at the middle of each frame, and silent_place, the silent one's (NaN
+    without). The folder appears under its name only when it is whole. Raises UserError where something else
+    lies there."""
+    folder = Path(folder)
+    world = json.dumps(TOY, sort_keys=True)
+    if (folder / "world.json").is_file():
+        if (folder / "world.json").read_text() != world:
+            raise UserError(f"{folder} holds toy clips of another world; "
+                            "remove it or give another --data-dir")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no toy clips; "
+                        "give --data-dir an empty or a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
+    try:
+        for split in ("train", "test"):
+            write_split(part, split)
+        (part / "world.json").write_text(world)
+        part.chmod(0o755)                                       # mkdtemp's folder is its owner's alone
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except BaseException:
+        try:
+            end_workers()                                       # they would go on writing
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write_split(folder, split):
+    (folder / split).mkdir()
+    clips = ToyWriter(folder, split)
+    workers = os.cpu_count() or 1
+    loader = DataLoader(clips, batch_size=None, num_workers=workers, worker_init_fn=start_worker)
+    truths = list(tqdm(loader, desc=f"writing toy clips ({split})", unit="clip"))
+    columns = {}
+    for key in truths[0]:
+        columns[key] = np.stack([np.asarray(truth[key]) for truth in truths])
+    np.savez(folder / split / "truth.npz", **columns)

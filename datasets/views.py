@@ -1,0 +1,198 @@
+"""Views: which stretches of a clip a method asks for, and the clips of a listing as tensors of these."""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from common import one_thread
+from datasets.inputs import Inputs, LogMel, crop_transform, normalize_video
+from datasets.reader import ClipError, open_clip
+
+CROPS = {1: ("center",), 3: ("first", "center", "last")}        # test crops of a place, in their order
+FLAGS = ("has_video", "has_audio", "short")                     # what the reader says of a clip
+TRIES = 20                                                      # clips in a row that may fail to decode
+
+
+class View(NamedTuple):
+    """A stretch of a clip and what is taken from it."""
+    start: float                    # seconds on the clip's clock
+    seconds: float
+    video: str | None               # a crop of crop_transform, or None: no picture in this view
+    audio: bool
+    pictures: tuple | None = None   # (start, seconds) of the pictures, if not those of the sound
+
+    @property
+    def sound_window(self):
+        return self.start, self.seconds
+
+    @property
+    def video_window(self):
+        return self.pictures or self.sound_window
+
+
+def place_views(places, inputs, duration, video=True, audio=True, crops=1):
+    """Views at `places`, 0 (as early as can be) to 1 (as late as can be): centre crop, or each place with all
+    three of CROPS."""
+    room = max(0.0, duration - inputs.seconds)
+    video_room = max(0.0, duration - (inputs.video_seconds or inputs.seconds))
+    views = []
+    for place in places:
+        pictures = None
+        if inputs.video_seconds:
+            pictures = (float(video_room * place), inputs.video_seconds)
+        for crop in CROPS[crops]:
+            views.append(View(float(room * place), inputs.seconds, crop if video else None, audio, pictures))
+    return views
+
+
+def even_views(count, inputs, rng, duration, video=True, audio=True, crops=1):
+    """Test views at `count` places spread evenly over the clip, each with as many crops."""
+    places = [0.5] if count == 1 else np.linspace(0, 1, count)
+    return place_views(places, inputs, duration, video, audio, crops)
+
+
+class Clips(Dataset):
+    """The clips of a listing as views. Key: (epoch, index). The item is a pure function of (seed, epoch,
+    index):
+
+    video (Vv, 3, T, H, W) uint8 and audio (Va, 1, F, T) float32 of the views that have them, present (V, 2)
+    bool, index, has_video, has_audio, short, bad. A clip that does not decode is named in `bad` and, with
+    `replace`, another one is drawn for it; without, the item holds nothing but `bad`.
+
+    plan(rng, duration) -> list of View is the method's policy (at module level: it must pickle).
+    """
+    def __init__(self, listing, inputs, plan, seed=0, replace=True):
+        self.listing = listing
+        self.inputs = inputs
+        self.plan = plan
+        self.seed = seed
+        self.replace = replace
+        self.mel = LogMel(inputs) if inputs.n_mels else None
+        self.crops = {crop: crop_transform(inputs, crop) for crop in (*CROPS[3], "flip", "random")}
+
+    def __len__(self):
+        return len(self.listing)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        bad = []
+        with one_thread():                      # also for the same bits with and without workers
+            for _ in range(TRIES):
+                try:
+                    return {**self.item(index, rng), "bad": bad}
+                except ClipError as e:
+                    bad.append(str(e))
+                if not self.replace:
+                    break
+                index = int(rng.integers(len(self)))
+        return {"bad": bad}                 # TRIES clips in a row: Troubles says so in the training process
+
+    def item(self, index, rng):
+        """The views of one clip, of which each window is decoded once: the crops of a place share its frames
+        and its sound."""
+        inputs = self.inputs
+        with open_clip(self.listing.path(index), inputs.frame_rate) as clip:
+            views = self.plan(rng, clip.duration)
+            video_windows = unique(view.video_window for view in views if view.video)
+            audio_windows = unique(view.sound_window for view in views if view.audio)
+            read = clip.read(video_windows, audio_windows, inputs.frames, inputs.resize, inputs.sample_rate)
+
+        frames = {}
+        for window, array in zip(video_windows, read["video"]):
+            frames[window] = torch.from_numpy(array).permute(0, 3, 1, 2)                    # (T, 3, H, W)
+        mels = {}
+        for window, wave in zip(audio_windows, read["audio"]):
+            mels[window] = self.mel(torch.from_numpy(wave))                                 # (1, F, T)
+        video = []
+        with torch.random.fork_rng(devices=[]):     # torchvision draws its crops from torch's global stream
+            torch.manual_seed(int(rng.integers(2 ** 62)))
+            for view in views:
+                if view.video:
+                    cut = self.crops[view.video](frames[view.video_window])         # (T, 3, size, size)
+                    video.append(cut.transpose(0, 1))                               # (3, T, size, size)
+        present = [[bool(view.video), bool(view.audio)] for view in views]
+        return {
+            "index": index,
+            "present": torch.tensor(present),                                               # (V, 2)
+            "video": video,
+            "audio": [mels[view.sound_window] for view in views if view.audio],
+            **{flag: read[flag] for flag in FLAGS}}
+
+
+def unique(values):
+    """Each of the values once, in the order in which they first come."""
+    return list(dict.fromkeys(values))
+
+
+def collate(items):
+    """A list of items -> a batch: video (sum of Vv, 3, T, H, W), audio (sum of Va, 1, F, T), present (B, V,
+    2), index, has_video, has_audio, short (each (B,)), bad (messages) and lost (how many items hold no
+    clip)."""
+    bad = []
+    for item in items:
+        bad += item["bad"]
+    whole = [item for item in items if "index" in item]
+    lost = len(items) - len(whole)
+    if not whole:
+        return {"index": torch.zeros(0, dtype=torch.long), "bad": bad, "lost": lost}
+    batch = {}
+    for key in ("video", "audio"):
+        views = []
+        for item in whole:
+            views += item[key]
+        if views:
+            batch[key] = torch.stack(views)
+    batch["present"] = torch.stack([item["present"] for item in whole])
+    batch["bad"] = bad
+    batch["lost"] = lost
+    for key in ("index", *FLAGS):
+        batch[key] = torch.tensor([item[key] for item in whole])
+    return batch
+
+
+def to_device(batch, device):
+    """Move video and audio, and normalise the video there."""
+    batch = dict(batch)
+    for key in ("video", "audio"):
+        if key in batch:
+            batch[key] = batch[key].to(device, non_blocking=True)
+    if "video" in batch:
+        batch["video"] = normalize_video(batch["video"])
+    return batch
+
+
+def load_clip(path, inputs, start=None):
+    """A file -> {"video": (1, 3, T, H, W), "audio": (1, 1, F, T)} as `encoder(**clip)` takes it; a stream
+    that the file lacks or the encoder does not take is left out. `start` in seconds (of inputs.frame_rate,
+    where that is set); the middle of the clip if None."""
+    inputs = inputs if isinstance(inputs, Inputs) else Inputs(**inputs)
+
+    def middle(duration):
+        begin = max(0.0, duration - inputs.seconds) / 2 if start is None else start
+        seconds = inputs.video_seconds or inputs.seconds
+        heard = min(inputs.seconds, duration - begin)
+        shown = begin + max(0.0, heard - seconds) / 2           # the pictures: the middle of the sound
+        return [(shown, seconds)], [(begin, inputs.seconds)]
+
+    return load_views(path, inputs, middle)
+
+
+def load_views(path, inputs, plan):
+    """load_clip for several views: video (V, 3, T, H, W), audio (V, 1, F, T) of the windows that the method
+    asks for: plan(duration) -> (video windows, audio windows), each a list of (start, seconds)."""
+    with open_clip(path, inputs.frame_rate) as clip:
+        video_windows, audio_windows = plan(clip.duration)
+        if not inputs.frames:
+            video_windows = []
+        if not inputs.n_mels:
+            audio_windows = []
+        read = clip.read(video_windows, audio_windows, inputs.frames, inputs.resize, inputs.sample_rate)
+    out = {}
+    if read["has_video"] and inputs.frames:
+        frames = torch.from_numpy(np.stack(read["video"])).permute(0, 1, 4, 2, 3)           # (V, T, 3, H, W)
+        out["video"] = normalize_video(crop_transform(inputs, "center")(frames).transpose(1, 2))
+    if read["has_audio"] and inputs.n_mels:
+        out["audio"] = LogMel(inputs)(torch.from_numpy(np.stack(read["audio"])))
+    return out

@@ -1,81 +1,104 @@
 """A-JEPA: Joint-Embedding Predictive Architecture Can Listen (arXiv 2311.15830).
 
-Blocks of time and frequency of a mel spectrogram are hidden. From the patches that stay visible, a predictor says what an EMA
-teacher, which hears everything, represents at the hidden ones. Nothing is reconstructed and there are no negatives.
+Blocks of time and frequency of a mel spectrogram are hidden. From the patches that stay visible, a
+predictor says what an EMA teacher, which hears everything, represents at the hidden ones. Nothing is
+reconstructed and there are no negatives.
 
 What differs from the paper or where it is silent stands at its line: `# differs:` and `# unspecified:`.
 
-    python ajepa.py                                                                  # the sound of the toy clips, a laptop, minutes
-    python ajepa.py --data folder --data-dir clips/ --recipe toy                     # your own sounds, the small model
-    python ajepa.py --data audioset-20k --data-dir audioset/ --accumulate 8          # the paper's recipe, one GPU
+    python ajepa.py                                            # the sound of the toy clips, a laptop, minutes
+    python ajepa.py --data folder --data-dir clips/ --recipe toy            # your own sounds, the small model
+    python ajepa.py --data audioset-20k --data-dir audioset/ --accumulate 8  # the paper's recipe, one GPU
     torchrun --nproc_per_node=8 ajepa.py --data audioset --data-dir audioset/
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        ajepa.py --data audioset --data-dir audioset/                                # the same line on each node
+        ajepa.py --data audioset --data-dir audioset/                        # the same line on each node
 """
-import argparse, contextlib, copy, functools, math, time
-from dataclasses import asdict, replace
-from pathlib import Path
+import copy
+import functools
+import math
+from dataclasses import replace
 
-import common, data, probe                              # before torch: common sets how its threads wait
-from common import UserError, ViT, gather, nearest
+import common
+import data
+import probe
+from common import Block, Positions, RunningMean, UserError, ViT, gather
+from run import Run, make_parser, read_recipe, set_lr
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-METHOD = "ajepa"
+METHOD = dict(
+    name="ajepa",
+    title="A-JEPA",
+    weights="context_encoder",     # evaluated; Sec. 8: or the teacher (probe.py --encoder target)
+    linear=dict(lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
+    attentive=dict(head="attentive", lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
+    # Sec. 8: the two rates. unspecified: epochs, views, weight decay
+    finetune=dict(head="linear", lr=(1e-3,), encoder_lr=1e-5, smoothing=0.0, epochs=30, views=1),
+)
 
-# Sources: seed = the document that we implement, paper = a third party's reading of the paper itself.
+# Sources. Sec.: that section of the published description of A-JEPA that we follow, for want of code;
+# digest: second-hand, a published digest of the paper itself, where it says something else.
 RECIPE = {
-    # name           paper                 toy             source of the paper's value
-    "size":         ("base",               "toy",          "seed: ViT-B, 12 x 768, 12 heads, MLP 3072"),
-    "seconds":      (10.0,                 3.84,           "seed: length of a clip, padded or cropped"),
-    "n_fft":        (512,                  512,            "seed: 16 kHz, window of 400 samples; log(mel + 1e-6)"),
-    "hop":          (160,                  160,            "seed: samples from one mel frame to the next"),
-    "n_mels":       (128,                  64,             "seed"),
-    "columns":      (1024,                 384,            "seed: 10 s are 1,001 frames, padded to 1,024"),
-    "std_floor":    (0.1,                  0.1,            ""),    # unspecified: the lowest filter is empty, its std is 0
-    "stats_clips":  (10000,                512,            ""),    # differs: a sample of the training set, drawn with seed 0
-    "mel_patch":    ((16, 16),             (16, 16),       "seed: 8 x 64 = 512 tokens (toy: 4 x 24 = 96)"),
-    "pos":          ("learned",            "learned",      "seed (paper: sincos)"),     # unspecified: frequency + time
-    "masking":      ("multiblock",         "multiblock",   "seed: 4 blocks a clip"),
-    "block_scale":  ((0.15, 0.2),          (0.15, 0.2),    "seed: area of a block, of the grid"),
-    "block_aspect": ((0.75, 1.5),          (0.75, 1.5),    "seed: time over frequency"),    # unspecified: see aspect_range
-    "hidden":       ((0.6, 0.75),          (0.6, 0.75),    "seed: share that the union of the blocks hides"),
-    "pred_depth":   (6,                    3,              "seed (paper: 16); with this width 11 M parameters, not the seed's ~22 M"),
-    "pred_dim":     (384,                  64,             "seed: 12 heads, 32 dimensions each (paper: 512)"),
-    "loss":         ("smooth_l1",          "smooth_l1",    "seed: beta 1 (paper: l2)"),
-    "tau":          ((0.996, 0.9999),      (0.996, 0.999), "seed: EMA momentum, on a cosine"),
-    "batch_size":   (256,                  64,             "seed: effective, across GPUs"),
-    "epochs":       (400,                  None,           "seed: 300 to 400"),
-    "steps":        (None,                 1000,           "by the epochs"),
-    "lr":           (1.5e-4,               5e-4,           "seed: peak; cosine"),    # unspecified: to 0, and not scaled by the batch
-    "warmup":       (0.1,                  0.2,            "seed: 40 epochs of 400, as a share of the steps"),
-    "betas":        ((0.9, 0.95),          (0.9, 0.95),    "seed: AdamW"),
-    "weight_decay": (0.05,                 0.05,           "seed"),    # unspecified: on matrices only
+    # name           paper             toy             source of the paper's value
+    "size":         ("base",          "toy",          "Sec. 4.1: ViT-B, 12 x 768, 12 heads, MLP 3072"),
+    "seconds":      (10.0,            3.84,           "Sec. 4.6: length of a clip, padded or cropped"),
+    "n_fft":        (512,             512,            "Sec. 4.6: 16 kHz, window of 400; log(mel + 1e-6)"),
+    "hop":          (160,             160,            "Sec. 4.6: samples from one mel frame to the next"),
+    "n_mels":       (128,             64,             "Sec. 4.6"),
+    "columns":      (1024,            384,            "Sec. 7: 10 s are 1,001 frames, padded to 1,024"),
+    # unspecified: the lowest filter is empty, its std is 0
+    "std_floor":    (0.1,             0.1,            ""),
+    # differs: a sample of the training set, drawn with seed 0
+    "stats_clips":  (10000,           512,            ""),
+    "mel_patch":    ((16, 16),        (16, 16),       "Sec. 4.1: 8 x 64 = 512 tokens (toy: 4 x 24 = 96)"),
+    # unspecified: frequency + time
+    "pos":          ("learned",       "learned",      "Sec. 4.1 (digest: sincos)"),
+    "masking":      ("multiblock",    "multiblock",   "Sec. 4.4: 4 blocks a clip"),
+    "block_scale":  ((0.15, 0.2),     (0.15, 0.2),    "Sec. 4.4: area of a block, of the grid"),
+    # unspecified: see aspect_range
+    "block_aspect": ((0.75, 1.5),     (0.75, 1.5),    "Sec. 4.4: time over frequency"),
+    "hidden":       ((0.6, 0.75),     (0.6, 0.75),    "Sec. 4.4: share that the union of the blocks hides"),
+    "pred_depth":   (6,               3,              "Sec. 4.3 (digest: 16); 11 M, not its ~22 M weights"),
+    "pred_dim":     (384,             64,             "Sec. 4.3: 12 heads of 32 dimensions (digest: 512)"),
+    "loss":         ("smooth_l1",     "smooth_l1",    "Sec. 4.5: beta 1 (digest: l2)"),
+    "tau":          ((0.996, 0.9999), (0.996, 0.999), "Sec. 4.2: EMA momentum, on a cosine"),
+    "batch_size":   (256,             64,             "Sec. 5: effective, across GPUs"),
+    "epochs":       (400,             None,           "Sec. 5: 300 to 400"),
+    "steps":        (None,            1000,           "by the epochs"),
+    # unspecified: to 0, not scaled by the batch
+    "lr":           (1.5e-4,          5e-4,           "Sec. 5: peak; cosine"),
+    "warmup":       (0.1,             0.2,            "Sec. 5: 40 epochs of 400, as a share of the steps"),
+    "betas":        ((0.9, 0.95),     (0.9, 0.95),    "Sec. 5: AdamW"),
+    "weight_decay": (0.05,            0.05,           "Sec. 5"),    # unspecified: on matrices only
 }
-PANEL = ("loss", "know_nothing", "embedding_std", "effective_rank", "kept", "singles", "grad_norm", "tau", "lr", "ms_data", "ms_step")
 MASKINGS = ("multiblock", "block", "random", "time", "freq", "curriculum")
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
-    common.common_flags(parser, METHOD)
-    add = parser.add_argument
-    add("--masking", choices=MASKINGS, help="4 blocks, a single one, random patches, strips of time or of frequency, or the paper's "
-        "curriculum from random to time-frequency masks (default: the recipe's)")
-    add("--mask-ratio", type=float, help="share of the patches that is hidden (default: drawn from .6 to .75 for each step)")
-    add("--block-aspect", choices=("grid", "patch"), help="aspect of a block relative to the grid (default), or counted in patches")
-    add("--tf-removes", choices=("time", "freq", "both"), help="curriculum: what the context loses beside the targets (default: both)")
+    parser, add = make_parser(__doc__, METHOD["name"])
+    add("--masking", choices=MASKINGS, help="4 blocks, a single one, random patches, strips of time or of "
+        "frequency, or the paper's curriculum from random to time-frequency masks (default: the recipe's)")
+    add("--mask-ratio", type=float,
+        help="share of the patches that is hidden (default: drawn from .6 to .75 for each step)")
+    add("--block-aspect", choices=("grid", "patch"),
+        help="aspect of a block relative to the grid (default), or counted in patches")
+    add("--tf-removes", choices=("time", "freq", "both"),
+        help="curriculum: what the context loses beside the targets (default: both)")
     add("--pred-depth", type=int, help="layers of the predictor (default: the recipe's)")
     add("--pred-dim", type=int, help="width of the predictor, in heads of 32 (default: the recipe's)")
-    add("--loss", choices=("smooth_l1", "l2", "l1", "cosine"), help="(default: the recipe's)")
-    add("--pos", choices=("learned", "sincos"), help="positions of the encoder and the predictor (default: the recipe's)")
+    add("--loss", choices=("smooth_l1", "l2", "l1", "cosine"),
+        help="distance of prediction and target (default: the recipe's)")
+    add("--pos", choices=("learned", "sincos"),
+        help="positions of the encoder and the predictor (default: the recipe's)")
     args = parser.parse_args(argv)
-    recipe = common.read_recipe(args, METHOD, RECIPE, ("seconds", "masking", "pred_depth", "pred_dim", "loss", "pos"))
-    common.check_range("--pred-depth", recipe["pred_depth"], 1, 1000), common.check_range("--pred-dim", recipe["pred_dim"], 32, 10 ** 5)
+    data.require(args.data, ("audio",), "mjepa.py --terms separate-video trains on pictures alone")
+    flags = ("masking", "pred_depth", "pred_dim", "loss", "pos")
+    recipe = read_recipe(args, METHOD["name"], RECIPE, flags)
+    common.check_range("--pred-depth", recipe["pred_depth"], 1, 1000)
+    common.check_range("--pred-dim", recipe["pred_dim"], 32, 10 ** 5)
     if recipe["pred_dim"] % 32:
         raise UserError(f"--pred-dim {recipe['pred_dim']}: not a multiple of 32, the width of a head")
     if args.mask_ratio is not None:
@@ -83,321 +106,322 @@ def get_args(argv=None):
         if recipe["masking"] == "curriculum":
             raise UserError("--mask-ratio: the curriculum has ratios of its own; give another --masking")
         recipe["hidden"] = (args.mask_ratio, args.mask_ratio)
-    if (recipe["seconds"], recipe["columns"]) not in zip(RECIPE["seconds"][:2], RECIPE["columns"][:2]):     # --seconds, of another length
-        recipe["columns"] = None                        # as many as it gives, filled up to whole patches
+    lengths = list(zip(RECIPE["seconds"][:2], RECIPE["columns"][:2]))
+    if (recipe["seconds"], recipe["columns"]) not in lengths:              # --seconds, of another length
+        recipe["columns"] = None                       # as many as it gives, filled up to whole patches
     if args.tf_removes and recipe["masking"] != "curriculum":
         raise UserError("--tf-removes has no effect without --masking curriculum")
     if args.block_aspect and recipe["masking"] in ("random", "time", "freq"):
         raise UserError(f"--block-aspect has no effect on --masking {recipe['masking']}, which has no blocks")
-    if args.data in data.SILENT:
-        raise UserError(f"--data {args.data} has no sound; mjepa.py --terms separate-video trains on pictures alone")
-    recipe.update(aspect_of=args.block_aspect or "grid", tf_removes=args.tf_removes or "both")
+    recipe["aspect_of"] = args.block_aspect or "grid"
+    recipe["tf_removes"] = args.tf_removes or "both"
     return args, recipe
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Views and masks
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def plan_views(rng, duration, seconds):
-    """One view: the sound of the clip, a random stretch if it is longer. No augmentation (seed, section 7)."""
-    # unspecified: what is cut off a long clip (here random), and what fills up a short one (digital silence, before the log); a clip
-    # without sound is silence, and counted in the log
-    return [data.View(rng.uniform(0, max(0.0, duration - seconds)), seconds, None, True)]
+    """One view: the sound of the clip, a random stretch if it is longer. No augmentation (Sec. 7)."""
+    # unspecified: what is cut off a long clip (here random), and what fills up a short one (digital
+    # silence, before the log); a clip without sound is silence, and counted in the log
+    start = rng.uniform(0, max(0.0, duration - seconds))
+    return [data.View(start, seconds, None, True)]
 
 
-def aspect_range(grid, recipe):
-    """The range of a block's width over its height, in patches."""
-    # unspecified: an aspect counted in patches asks a grid of 8 rows for blocks 8 to 12 rows high: clamped, they lose a third of their
-    # area; with the excess handed over to the width (--block-aspect patch), the four become strips of time. Relative to the grid,
-    # rows = 8 sqrt(s / a) and columns = 64 sqrt(s a), areas and aspects stay as drawn: blocks of about 3 x 28.
-    return [a * (grid[1] / grid[0] if recipe["aspect_of"] == "grid" else 1) for a in recipe["block_aspect"]]
+def aspect_range(grid, aspect, relative=True):
+    """The range of a block's width over its height, in patches, of that of time over frequency."""
+    # unspecified: an aspect counted in patches asks a grid of 8 rows for blocks 8 to 12 rows high: clamped,
+    # they lose a third of their area; with the excess handed over to the width (--block-aspect patch), the
+    # four become strips of time. Relative to the grid, rows = 8 sqrt(s / a) and columns = 64 sqrt(s a),
+    # areas and aspects stay as drawn: blocks of about 3 x 28.
+    rows, cols = grid
+    return [a * (cols / rows if relative else 1) for a in aspect]
 
 
-def block_sizes(rng, grid, recipe):
+def block_sizes(rng, grid, masking, scale, aspect):
     """(height, width) of each block of one clip; height is frequency, width is time."""
     rows, cols = grid
-    # unspecified: with another share of hidden patches the blocks grow or shrink with it
-    scale = [s * sum(recipe["hidden"]) / sum(RECIPE["hidden"][0]) for s in recipe["block_scale"]]
-    if recipe["masking"] == "multiblock":
-        return [common.block_size(rng, grid, scale, aspect_range(grid, recipe)) for _ in range(4)]
-    if recipe["masking"] == "block":
-        return [common.block_size(rng, grid, recipe["hidden"], aspect_range(grid, recipe))]
-    if recipe["masking"] == "time":
-        return [(rows, min(cols, max(1, round(rng.uniform(*scale) * cols)))) for _ in range(4)]
-    return [(min(rows, max(1, round(rng.uniform(*scale) * rows))), cols) for _ in range(4)]
+    if masking == "block":
+        return [common.block_size(rng, grid, scale, aspect)]
+    if masking == "multiblock":
+        return [common.block_size(rng, grid, scale, aspect) for _ in range(4)]
+    if masking == "time":
+        widths = [round(rng.uniform(*scale) * cols) for _ in range(4)]
+        return [(rows, min(cols, max(1, width))) for width in widths]
+    heights = [round(rng.uniform(*scale) * rows) for _ in range(4)]
+    return [(min(rows, max(1, height)), cols) for height in heights]
 
 
-def hide_blocks(rng, grid, recipe, low, high):
+def hide_blocks(rng, grid, masking, scale, aspect, low, high):
     """A mask whose blocks together hide `low` to `high` patches: (rows, columns) bool."""
-    if recipe["masking"] == "random":
+    if masking == "random":
         return common.meet_count(rng, np.zeros(grid, bool), int(rng.integers(low, high + 1)))
-    # unspecified: four blocks of .15 to .2 that overlap freely hide only 40 to 52 %. Here a block goes where it overlaps the earlier ones
-    # least, and all are drawn anew until their union is in range; where none of 50 draws is (one clip in 200, or an extreme
-    # --mask-ratio), the nearest. The middle is hidden most (up to 99 %, free overlap: 94 %), the corners least (22 %, free: 4 %).
-    def draw():
+    # unspecified: four blocks of .15 to .2 that overlap freely hide only 40 to 52 %. Here a block goes
+    # where it overlaps the earlier ones least, and all are drawn anew until their union is in range; where
+    # none of 50 draws is (one clip in 200, or an extreme --mask-ratio), the nearest. The middle is hidden
+    # most (up to 99 %, free overlap: 94 %), the corners least (22 %, free: 4 %).
+    best = None
+    best_distance = math.inf
+    for _ in range(50):
         mask = np.zeros(grid, bool)
-        for size in block_sizes(rng, grid, recipe):
+        for size in block_sizes(rng, grid, masking, scale, aspect):
             # unspecified: how many strips; of the blocks' areas, at most four, as many as it takes
-            if recipe["masking"] not in ("time", "freq") or mask.sum() < low:
-                mask |= common.cover(grid, [common.place_apart(rng, mask, size)])
-        return mask
+            if masking in ("time", "freq") and mask.sum() >= low:
+                break
+            mask |= common.block_apart(rng, mask, size)
+        distance = max(low - mask.sum(), mask.sum() - high, 0)
+        if distance < best_distance:
+            best = mask
+            best_distance = distance
+        if distance == 0:
+            break
+    return best
 
-    return nearest((draw() for _ in range(50)), lambda mask: max(low - int(mask.sum()), int(mask.sum()) - high, 0))
 
-
-def hide_curriculum(rng, grid, recipe, time_frequency):
-    """(targets, what the context lacks), each (rows, columns) bool: the paper's random block mask, or its time-frequency aware one."""
-    (rows, cols), aspect = grid, aspect_range(grid, recipe)
-    count, scale = (3, (0.05, 0.075)) if time_frequency else (4, recipe["block_scale"])
+def hide_curriculum(rng, grid, scale, aspect, time_frequency, tf_removes):
+    """(targets, what the context lacks), each (rows, columns) bool: the paper's random block mask, or its
+    time-frequency aware one."""
+    number = 4
+    if time_frequency:
+        number = 3
+        scale = (0.05, 0.075)
     for _ in range(1000):
-        targets = common.cover(grid, [common.draw_block(rng, grid, scale, aspect) for _ in range(count)])
+        targets = np.zeros(grid, bool)
+        for _ in range(number):
+            targets |= common.random_block(rng, grid, common.block_size(rng, grid, scale, aspect))
         hidden = targets.copy()
-        if time_frequency and recipe["tf_removes"] in ("time", "both"):
+        if time_frequency and tf_removes in ("time", "both"):
             hidden |= targets.any(0, keepdims=True)
-        if time_frequency and recipe["tf_removes"] in ("freq", "both"):
+        if time_frequency and tf_removes in ("freq", "both"):
             hidden |= targets.any(1, keepdims=True)
         if not hidden.all():
             return targets, hidden
-    raise UserError(f"--masking curriculum: its masks leave no context on a grid of {rows} x {cols} patches; raise --seconds, or give "
-                    "another --tf-removes")
+    raise UserError(f"--masking curriculum: its masks leave no context on a grid of {grid[0]} x {grid[1]} "
+                    "patches; raise --seconds, or give another --tf-removes")
 
 
-def draw_masks(seed, step, rank, batch, grid, recipe, progress=0.0):
-    """Which patches are visible and which are targets: context (B, C) and target (B, M) indices, and what the log shows. A pure
-    function of (seed, step, rank, clip). How many are hidden is drawn from (seed, step), the same for all clips and ranks; each
-    clip meets it by single random patches. progress: 0 to 1, where the curriculum stands. kept: share of the patches that the context
-    has; singles: single patches of a clip."""
-    def stream(*numbers):                               # (0, 0) is the step's own, so the clips count from 1
-        return np.random.default_rng((seed, step, *numbers))
+def hide_curriculum_near(rng, count, near, *law):
+    """The first of 50 draws of hide_curriculum(rng, *law) that hides `count` patches, `near` more or less;
+    or the nearest."""
+    best = None
+    best_distance = math.inf
+    for _ in range(50):
+        targets, hidden = hide_curriculum(rng, *law)
+        distance = abs(int(hidden.sum()) - count)
+        if distance < best_distance:
+            best = (targets, hidden)
+            best_distance = distance
+        if distance <= near:
+            break
+    return best
 
-    own, total, pairs, singles = stream(0, 0), math.prod(grid), [], 0
-    # unspecified: a clip's own blocks come within 2 % of the grid of the step's number, the single patches do the rest
-    near = 0 if recipe["masking"] == "random" else round(0.02 * total)
-    if recipe["masking"] == "curriculum":
-        # p = min(1, sqrt(s (1 - c0^2) / S) + c0^2), c0 = .01 (paper): one draw for all clips of a step
-        time_frequency = own.random() < min(1.0, math.sqrt(progress * (1 - 0.01 ** 2)) + 0.01 ** 2)
-        num_targets, num_hidden = (int(mask.sum()) for mask in hide_curriculum(own, grid, recipe, time_frequency))
+
+def count_range(total, hidden):
+    """The fewest and the most patches of `total` that a share from hidden[0] to hidden[1] hides."""
+    return math.ceil(hidden[0] * total - 1e-6), math.floor(hidden[1] * total + 1e-6)
+
+
+def draw_masks(seed, step, rank, batch, grids, recipe, steps=None):
+    """Which patches are visible and which are targets: [{"a": (context (B, C), target (B, M))}], indices. A
+    pure function of (seed, step, rank, clip). How many are hidden is drawn from (seed, step), the same for
+    all clips and ranks; each clip meets it by single random patches. steps: of the run, which say where the
+    curriculum stands; None: at its end."""
+    grid = grids["audio"]
+    masking = recipe["masking"]
+    total = math.prod(grid)
+    aspect = aspect_range(grid, recipe["block_aspect"], recipe["aspect_of"] == "grid")
+    own = np.random.default_rng((seed, step, 0, 0))    # the step's own stream; the clips count from 1
+    # unspecified: a clip's own blocks come within 2 % of the grid of the step's number, the single patches
+    # do the rest
+    near = 0 if masking == "random" else round(0.02 * total)
+    if masking == "curriculum":
+        # p = min(1, sqrt(s (1 - c0^2) / S) + c0^2), c0 = .01 (digest): one draw for all clips of a step
+        progress = step / steps if steps else 1.0
+        p = min(1.0, math.sqrt(progress * (1 - 0.01 ** 2)) + 0.01 ** 2)
+        law = (grid, recipe["block_scale"], aspect, own.random() < p, recipe["tf_removes"])
+        targets, hidden = hide_curriculum(own, *law)
+        num_targets = int(targets.sum())
+        num_hidden = int(hidden.sum())
     else:
-        low, high = math.ceil(recipe["hidden"][0] * total - 1e-6), math.floor(recipe["hidden"][1] * total + 1e-6)
-        if recipe["hidden"][0] == recipe["hidden"][1]:  # --mask-ratio
-            num_hidden, low, high = round(recipe["hidden"][0] * total), 0, total
+        # unspecified: with another share of hidden patches the blocks grow or shrink with it
+        growth = sum(recipe["hidden"]) / sum(RECIPE["hidden"][0])
+        scale = recipe["hidden"] if masking == "block" else [s * growth for s in recipe["block_scale"]]
+        law = (grid, masking, scale, aspect)
+        low, high = count_range(total, recipe["hidden"])
+        if recipe["hidden"][0] == recipe["hidden"][1]:                     # --mask-ratio
+            num_hidden = round(recipe["hidden"][0] * total)
+            low = 0
+            high = total
         else:
-            num_hidden = min(max(low, int(hide_blocks(own, grid, recipe, low, high).sum())), max(low, high))
+            num_hidden = int(hide_blocks(own, *law, low, high).sum())
+            num_hidden = min(max(low, num_hidden), max(low, high))
         num_hidden = num_targets = min(max(1, num_hidden), total - 1)
+    contexts = []
+    targets = []
     for clip in range(batch):
-        rng = stream(rank, 1 + clip)
-        if recipe["masking"] == "curriculum":
-            some = (hide_curriculum(rng, grid, recipe, time_frequency) for _ in range(50))
-            drawn, lacks = nearest(some, lambda pair: abs(int(pair[1].sum()) - num_hidden), near)
+        rng = np.random.default_rng((seed, step, rank, 1 + clip))
+        if masking == "curriculum":
+            drawn, lacks = hide_curriculum_near(rng, num_hidden, near, *law)
         else:
-            drawn = lacks = hide_blocks(rng, grid, recipe, max(low, num_hidden - near), min(high, num_hidden + near))
-        targets = common.meet_count(rng, drawn, num_targets)
-        hidden = common.meet_count(rng, lacks | targets, num_hidden, keep=targets)
-        singles += int(((hidden != lacks) | (targets != drawn)).sum()) / batch
-        pairs.append((np.flatnonzero(~hidden), np.flatnonzero(targets)))
-    context, target = (torch.from_numpy(np.stack(indices)) for indices in zip(*pairs))
-    return context, target, {"kept": 1 - num_hidden / total, "singles": singles}
+            drawn = lacks = hide_blocks(rng, *law, max(low, num_hidden - near), min(high, num_hidden + near))
+        target = common.meet_count(rng, drawn, num_targets)
+        hidden = common.meet_count(rng, lacks | target, num_hidden, keep=target)
+        contexts.append(np.flatnonzero(~hidden))
+        targets.append(np.flatnonzero(target))
+    return [{"a": (torch.from_numpy(np.stack(contexts)), torch.from_numpy(np.stack(targets)))}]
 
 
-def make_inputs(recipe, listing=None, workers=0):
-    """What data.py prepares, by the recipe; the mel's mean and std for each bin over clips of the listing, if there is one."""
+def make_inputs(recipe):
+    """What data.py prepares, by the recipe; the mel's mean and std for each bin are measured later
+    (Run.normalise)."""
     # unspecified: the window (Hann), the mel scale (HTK)
-    same, patch = {name: recipe[name] for name in ("seconds", "n_fft", "hop", "n_mels")}, recipe["mel_patch"][1]
-    inputs = data.Inputs(frames=0, sample_rate=16000, win_length=400, window="hann", log="ln", mel_mean=0.0, mel_std=1.0, **same)
-    inputs = replace(inputs, columns=recipe["columns"] or math.ceil(inputs.mel_frames / patch) * patch)
-    if listing is None:
-        return inputs
-    mean, std = data.mel_stats(listing, inputs, workers, recipe["stats_clips"])
-    return replace(inputs, mel_mean=tuple(mean.tolist()), mel_std=tuple(std.clamp_min(recipe["std_floor"]).tolist()))
+    inputs = data.Inputs(
+        frames=0, seconds=recipe["seconds"], sample_rate=16000, n_fft=recipe["n_fft"], win_length=400,
+        hop=recipe["hop"], n_mels=recipe["n_mels"], window="hann", log="ln", mel_mean=0.0, mel_std=1.0,
+        columns=recipe["columns"])
+    if inputs.columns is None:
+        patch = recipe["mel_patch"][1]
+        inputs = replace(inputs, columns=math.ceil(inputs.mel_frames / patch) * patch)
+    return inputs
 
 
 def encoder_config(recipe, inputs, checkpoint=False):
     """The arguments of ViT: what a checkpoint keeps, so that load_encoder builds the same."""
-    return dict(size=recipe["size"], audio=dict(shape=(inputs.n_mels, inputs.mel_frames), patch=recipe["mel_patch"]),
-                positions={"learned": "factorised", "sincos": "sincos"}[recipe["pos"]], checkpoint=checkpoint)
+    positions = {"learned": "factorised", "sincos": "sincos"}[recipe["pos"]]
+    audio = dict(shape=(inputs.n_mels, inputs.mel_frames), patch=recipe["mel_patch"])
+    return dict(size=recipe["size"], audio=audio, positions=positions, checkpoint=checkpoint)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def make_model(recipe, inputs, checkpoint=False):
+    config = encoder_config(recipe, inputs, checkpoint)
+    return AJEPA(config, recipe["pred_dim"], recipe["pred_depth"], recipe["loss"])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Model
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
-    """A narrow transformer over the context's tokens and a mask token for each target; heads of 32 dimensions."""
-    def __init__(self, dim, grid, width, depth, positions):
+    """A narrow transformer over the context's tokens and a mask token for each target; heads of 32
+    dimensions."""
+    def __init__(self, dim, grid, width, depth, positions, checkpoint=False):
         super().__init__()
-        self.embed, self.mask_token = nn.Linear(dim, width), nn.Parameter(torch.randn(width) * 0.02)
-        self.positions = common.Positions(grid, width, positions)
-        self.transformer, self.norm = common.Transformer(width, depth, width // 32, 4 * width), nn.LayerNorm(width, eps=1e-6)
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.positions = Positions(grid, width, positions)
+        blocks = [Block(width, width // 32, 4 * width, checkpoint=checkpoint) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, dim)
-        self.apply(common.init_weights)
+        self.apply(ViT.init_weights)
 
-    def forward(self, h, context, target):
-        """h (B, C, D) at the patches context (B, C) -> predictions (B, M, D) at the patches target (B, M)."""
+    def forward(self, h, masks, number=0):
+        """h (B, C, D) at the patches that are visible -> {"a": predictions (B, M, D)} at the targets.
+        masks: a mask set; number: which, there is but one."""
+        context, target = masks["a"]
         e = self.positions().expand(len(h), -1, -1)                             # (B, N, P)
         m = self.mask_token + gather(e, target)                                 # (B, M, P)
         x = torch.cat([self.embed(h) + gather(e, context), m], 1)               # (B, C + M, P)
-        x = self.norm(self.transformer(x))[:, context.shape[1]:]                # (B, M, P)
-        return self.head(x)                                                     # (B, M, D)
+        x = self.norm(self.blocks(x))[:, context.shape[1]:]                     # (B, M, P)
+        return {"a": self.head(x)}                                              # (B, M, D)
 
 
 class AJEPA(nn.Module):
     """The context encoder, its EMA, the predictor, and the loss of a batch."""
+    inputs = {"a": ("audio",)}
+
     def __init__(self, config, pred_dim, pred_depth, loss):
         super().__init__()
+        self.parts = dict(encoder=config)              # what load_encoder builds again
         self.context_encoder = ViT(**config)
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
-        dim, grid = self.context_encoder.dim, self.context_encoder.audio.grid
-        self.predictor, self.loss = Predictor(dim, grid, pred_dim, pred_depth, config["positions"]), loss
-        self.register_buffer("running_mean", torch.zeros(dim))                  # of rank 0's targets: what one knows without any context
+        dim = self.context_encoder.dim
+        self.grids = self.context_encoder.grids
+        self.predictor = Predictor(dim, self.grids["audio"], pred_dim, pred_depth, config["positions"],
+                                   config["checkpoint"])
+        self.loss = loss
+        self.mean = RunningMean(dim)                   # what one knows without any context
 
-    def forward(self, mel, context, target, step):
-        """mel (B, 1, F, T), the patches visible (B, C) and to be predicted (B, M) -> (loss, what the log shows)."""
+    def see(self, tokens, masks):
+        """The context encoder on what a mask set leaves visible of tokens (B, N, D) -> (B, C, D)."""
+        return self.context_encoder(tokens=tokens, visible=masks["a"][0])
+
+    def forward(self, batch, masks, weight, tick):
+        """A batch of data.collate, its masks of draw_masks, its weight in the mean over the step -> (loss,
+        what the log shows)."""
+        mel = batch["audio"]                                                    # (B, 1, F, T)
+        context, target = masks[0]["a"]                                         # (B, C), (B, M)
         # 1 context: the visible patches alone
-        h = self.context_encoder(audio=mel, visible=context)                    # (B, C, D)
+        h = self.see(self.context_encoder.embed(audio=mel), masks[0])           # (B, C, D)
         # 2 target: the teacher hears everything; each target is layer-normed
         with torch.no_grad():
             z = self.target_encoder(audio=mel).float()                          # (B, N, D)
             y = F.layer_norm(gather(z, target), z.shape[-1:])                   # (B, M, D)
+            self.mean.update(y.flatten(0, 1), tick)
         # 3 predict: at the hidden patches, from the context
-        prediction = self.predictor(h, context, target)                         # (B, M, D)
+        prediction = self.predictor(h, masks[0])["a"].float()                   # (B, M, D)
         # 4 loss
-        self.running_mean.lerp_(y.mean((0, 1)), max(0.01, 1 / (step + 1)))
-        nothing = prediction_loss(self.running_mean.expand_as(y), y, self.loss)
-        return prediction_loss(prediction.float(), y, self.loss), {"know_nothing": nothing, "z": z.mean(1)}
+        loss = weight * prediction_loss(prediction, y, self.loss)
+        nothing = weight * prediction_loss(self.mean.mean.expand_as(y), y, self.loss)
+        kept = loss.new_tensor(weight * context.shape[1] / z.shape[1])
+        shown = {"loss/a": loss.detach(), "know_nothing/a": nothing, "kept/a": kept, "embedding/a": z.mean(1)}
+        return loss, shown
 
 
-def restore(content):
-    """The model of a checkpoint (of common.load_checkpoint), with its weights."""
-    recipe = content["recipe"]
-    model = AJEPA(content["encoder"], recipe["pred_dim"], recipe["pred_depth"], recipe["loss"])
-    common.load_weights(model, content["model"], f"the checkpoint of {METHOD}")
-    return model
-
-
-@torch.no_grad()
-def imagine(model, recipe, clips, seed, step):
-    """What the pixel probe decodes. clips: {"audio": (B, 1, F, T)}, normalised -> tokens (B, N, D), the context encoder's where a patch is
-    visible and the predictor's where it is hidden, and which are hidden, (B, N) bool. The masks of draw_masks(seed, step); hidden is all
-    that the context lacks, with the curriculum (at its end) more than the targets."""
-    mel, grid = clips["audio"], model.context_encoder.audio.grid
-    context = draw_masks(seed, step, 0, len(mel), grid, recipe, progress=1.0)[0]            # (B, C)
-    lacks = torch.ones(len(mel), math.prod(grid), dtype=torch.bool).scatter(1, context, False)
-    context, target = context.to(mel.device), lacks.nonzero()[:, 1].view(len(mel), -1).to(mel.device)
-    h = model.context_encoder(audio=mel, visible=context)                                   # (B, C, D)
-    return common.assemble(h, context, model.predictor(h, context, target), target)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Loss
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def prediction_loss(prediction, target, kind="smooth_l1"):
-    """Mean over clips, patches and dimensions of the distance of prediction and target (B, M, D): smooth L1 with beta 1 (seed, 4.5), or
-    what its table of losses compares with."""
+    """Mean over clips, patches and dimensions of the distance of prediction and target (B, M, D): smooth L1
+    with beta 1 (Sec. 4.5), or what its table of losses compares with."""
     if kind == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
-    return {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss, "l1": F.l1_loss}[kind](prediction, target)
+    distance = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss, "l1": F.l1_loss}[kind]
+    return distance(prediction, target)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def learning_rate(step, recipe):
+    """Linear warm-up, then a cosine to 0."""
+    warmup = max(1, round(recipe["warmup"] * recipe["steps"]))
+    return common.warmup_cosine(step, recipe["steps"], warmup, recipe["lr"])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     args, recipe = get_args(argv)
-    process = common.start_process(args.device)
+    run = Run(METHOD, args, recipe)
     inputs = make_inputs(recipe)
-    config = encoder_config(recipe, inputs, args.checkpoint_activations)
-    common.seed_step(args.seed, 0)
-    model = AJEPA(config, recipe["pred_dim"], recipe["pred_depth"], recipe["loss"]).to(process.device)
-    optimizer = torch.optim.AdamW(common.weight_decay_groups(model, recipe["weight_decay"]), betas=recipe["betas"])
-
-    if args.data == "toy" and process.main:
-        data.list_clips("toy", args.data_dir)                                       # rank 0 writes the clips, the others wait
-    process.barrier()
-    listing = data.list_clips(args.data, args.data_dir)
-    recipe["steps"] = steps = recipe["steps"] or max(1, round(recipe["epochs"] * (len(listing) // recipe["batch_size"])))
-    found, start = common.open_run(args, METHOD, recipe, process), 0
-    if found:
-        common.load_weights(model, found["model"], args.out)
-        common.load_optimizer(optimizer, found["optimizer"], args.out)
-        start = found["step"]
-    order = data.Batches(len(listing), recipe["batch_size"], args.seed, start, steps, process.rank, process.world, args.accumulate)
-    workers = common.default_workers(process) if args.workers is None else args.workers
-    inputs = data.Inputs(**found["inputs"]) if found else process.from_main(lambda: make_inputs(recipe, listing, workers))
-    clips = data.Clips(listing, inputs, functools.partial(plan_views, seconds=recipe["seconds"]), args.seed)
-    batches = iter(data.train_loader(clips, order, workers, pin=process.device.type == "cuda"))
-    grid = model.context_encoder.audio.grid
-    if process.main:
-        print(data.describe(listing))
-        print(f"A-JEPA, ViT {recipe['size']}, {grid[0]} x {grid[1]} = {math.prod(grid):,} tokens, "
-              f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters and a teacher, {steps:,} steps of "
-              f"{recipe['batch_size']} clips, {process.world} x {process.device.type}{' bf16' if process.bf16 else ''} -> {args.out}")
-        if start:
-            print(f"going on at step {start:,} of {steps:,}")
-    if args.compile:
-        model.context_encoder.compile(), model.target_encoder.compile()
-
-    def save(step):                                     # weights: the seed names the context encoder, and the teacher as well
-        if process.main:
-            common.save_checkpoint(Path(args.out) / "latest.pt", method=METHOD, step=step, steps=steps, args=vars(args), recipe=recipe,
-                                   inputs=asdict(inputs), encoder=config, projector=None, weights="context_encoder",
-                                   model=model.state_dict(), optimizer=optimizer.state_dict())
-
-    wrapped, stop = process.wrap(model), common.StopSignal()
-    log, troubles = common.Log(args.out, start, process), data.Troubles(len(listing), args.max_bad)
-    began, data_s, logged, collapsed = time.time(), 0.0, start, False
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=not process.main):
-        lr = common.warmup_cosine(step, steps, max(1, round(recipe["warmup"] * steps)), recipe["lr"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        clock, z = time.time(), []
-        mine = recipe["batch_size"] // process.world
-        context, target, masks = draw_masks(args.seed, step, process.rank, mine, grid, recipe, step / steps)
-        hidden = zip(context.to(process.device).chunk(args.accumulate), target.to(process.device).chunk(args.accumulate))
-        for micro, (context, target) in enumerate(hidden):
-            batch = next(batches)
-            troubles.add(batch)
-            mel = data.to_device(batch, process.device)["audio"]
-            data_s += time.time() - clock
-            last = micro == args.accumulate - 1
-            with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
-                with process.autocast():
-                    loss, parts = wrapped(mel, context, target, step)
-                (loss / args.accumulate).backward()
-            clock, z = time.time(), [*z, parts["z"]]
-        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])     # no clipping: not in the seed
-        if process.any(not math.isfinite(loss.item() + grad_norm.item())):
-            raise UserError(f"the loss or its gradient is not finite at step {step}; the last good checkpoint in {args.out} is kept; "
-                            "give a new --out and a lower --lr")
+    model = run.build(make_model, recipe, inputs, args.checkpoint_activations)
+    groups = common.weight_decay_groups(model, recipe["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, betas=recipe["betas"])
+    run.resume(model, optimizer)
+    inputs = run.normalise(inputs)
+    plan = functools.partial(plan_views, seconds=recipe["seconds"])
+    draw = functools.partial(draw_masks, args.seed, rank=run.rank, batch=run.batch, grids=model.grids,
+                             recipe=recipe, steps=run.total)
+    run.begin(model, optimizer, inputs, plan, draw)
+    for step in run.steps():
+        lr = learning_rate(step, recipe)
+        set_lr(optimizer, lr)
+        for batch, masks, weight, tick in run.micro_batches(step):
+            with run.autocast():
+                loss, shown = run.model(batch, masks, weight, tick)
+            loss.backward()
+            run.note(loss, shown)
+        grad_norm = run.clip()                         # no clipping: not in the description
         optimizer.step()
         optimizer.zero_grad()
-        tau = common.cosine(step, steps, *recipe["tau"])
+        tau = common.cosine(step, run.total, *recipe["tau"])
         common.ema_update(model.target_encoder, model.context_encoder, tau)
-        if (step + 1) % args.log_every == 0 or step + 1 == steps:
-            std, rank = common.health(common.gather_ranks(torch.cat(z)))
-            count, seconds = step + 1 - logged, time.time() - began
-            log.write({"step": step, "loss": loss.item(), "know_nothing": parts["know_nothing"].item(), "embedding_std": std,
-                       "effective_rank": rank, **masks, "grad_norm": grad_norm.item(), "tau": tau, "lr": lr,
-                       "ms_data": 1e3 * data_s / count, "ms_step": 1e3 * seconds / count, **troubles.row()}, ("step", *PANEL))
-            if std < 0.02 and not collapsed and process.main:
-                tqdm.write(f"COLLAPSE at step {step}: the embeddings' std is {std:.3f}, effective rank {rank:.1f}; lower --lr")
-            began, data_s, logged, collapsed = time.time(), 0.0, step + 1, std < 0.02
-        stopping = process.any(stop)
-        if (step + 1) % args.save_every == 0 or step + 1 == steps or stopping:
-            save(step + 1)
-        if stopping and step + 1 < steps:
-            if process.main:
-                tqdm.write(f"stopped after step {step + 1} of {steps}, saved to {args.out}; the same command goes on from there")
-            return
-    stop.release()
-    if process.main:
-        common.draw_curves(f"{args.out}/curves.png", {"": common.read_log(args.out)},
-                           f"A-JEPA, {args.data}, seed {args.seed}, {steps} steps")
-        print(f"trained {steps:,} steps: {args.out}/latest.pt, log.jsonl, curves.png")
-        if args.data == "toy":
-            probe.toy_report(args.out, args.data_dir, process, workers)
+        run.log(step, grad_norm=grad_norm, tau=tau, lr=lr)
+        run.save(step)
+    run.finish(probe.toy_report)
 
 
 if __name__ == "__main__":

@@ -1,58 +1,73 @@
-"""Cross-modal retrieval: find the video of a sound and the sound of a video, by the embeddings of one modality at a time.
+"""Cross-modal retrieval: find the video of a sound and the sound of a video.
 
-    python retrieval.py --ckpt runs/avjepa_lejepa-toy-seed0 --data toy --clips all
-    python retrieval.py --ckpt RUN --data vggsound --data-dir vggsound/                  # 5 clips a class, seed 0: N = 1,545
-    python retrieval.py --ckpt RUN --data audioset --data-dir audioset/ --clips ids.txt  # a list of ids or file names
-    python retrieval.py --ckpt RUN --query dog.wav --folder clips/                       # a sound or a silent video
+    python retrieval.py --ckpt RUN --data toy --clips all
+    python retrieval.py --ckpt RUN --data SET --data-dir FOLDER                  # 5 clips a class, seed 0
+    python retrieval.py --ckpt RUN --data SET --data-dir FOLDER --clips ids.txt  # a list of ids or file names
+    python retrieval.py --ckpt RUN --query dog.wav --folder clips/               # a sound or a silent video
+
+Each clip is embedded by one modality at a time.
 """
-import argparse, functools, time
+import argparse
+import functools
+import time
 from pathlib import Path
-
-import common, data                                     # before torch: common sets how its threads wait
-from common import UserError, main_guard
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import common
+import data
+import run
+from common import UserError, main_guard
 
-# ---------------------------------------------------------------------------------------------------------------------
+WAYS = {"A->V": ("audio", "video"), "V->A": ("video", "audio")}     # name: (asks, finds)
+ACROSS = {"audio": "a->v", "video": "v->a"}             # the predictor that a query goes through
+OTHER = {"audio": "video", "video": "audio"}
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Measures
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def ranks(similarity):
-    """Rank of the match, 1 the best. similarity (N, N): rows are the queries, the diagonal is the match. Whatever does not lie
-    strictly below the match stands before it, so that ties (and NaN) never count for the model."""
-    return similarity.shape[1] - (similarity < similarity.diagonal()[:, None]).sum(1)
+    """Rank of the match, 1 the best. similarity (N, N): rows are the queries, the diagonal is the match.
+    Whatever does not lie strictly below the match stands before it, so that ties (and NaN) never count for
+    the model."""
+    below = similarity < similarity.diagonal()[:, None]
+    return similarity.shape[1] - below.sum(1)
 
 
 def recall(similarity):
     """One direction: R@1, R@5, R@10 in percent and the median rank."""
-    r = ranks(similarity)
-    return {**{f"R@{k}": 100 * (r <= k).float().mean().item() for k in (1, 5, 10)}, "median_rank": r.float().quantile(0.5).item()}
+    rank = ranks(similarity)
+    result = {f"R@{k}": 100 * (rank <= k).float().mean().item() for k in (1, 5, 10)}
+    result["median_rank"] = rank.float().quantile(0.5).item()
+    return result
 
 
 def chance(n):
     """What a random order of n candidates scores."""
-    return {**{f"R@{k}": 100 * min(1.0, k / n) for k in (1, 5, 10)}, "median_rank": (n + 1) / 2}
+    result = {f"R@{k}": 100 * min(1.0, k / n) for k in (1, 5, 10)}
+    result["median_rank"] = (n + 1) / 2
+    return result
 
 
 def recall_in_class(similarity, labels):
-    """(R@1 in percent among the clips of the query's own class, its chance): class alone does not help here. labels (N,)."""
-    hits, luck = [], []
-    for c in labels.unique():
-        members = (labels == c).nonzero().squeeze(1)
+    """(R@1 in percent among the clips of the query's own class, its chance): class alone does not help here.
+    labels (N,)."""
+    hits = []
+    luck = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
         hits.append(ranks(similarity[members][:, members]) == 1)
         luck.append(torch.full((len(members),), 1 / len(members)))
     return 100 * torch.cat(hits).float().mean().item(), 100 * torch.cat(luck).mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Embeddings
-# ---------------------------------------------------------------------------------------------------------------------
-
-ACROSS = {"audio": "a->v", "video": "v->a"}             # the predictor that a query of a modality goes through
-
+# ----------------------------------------------------------------------------------------------------------
 
 def random_views(count, inputs, rng, duration, video=True, audio=True):
     """`count` views at random places of the clip, centre crop (authors' code: 4, averaged)."""
@@ -60,145 +75,219 @@ def random_views(count, inputs, rng, duration, video=True, audio=True):
 
 
 def choose_embedding(encoder, name=None):
-    """The `name` that is asked for, or the first of these that the checkpoint has. Raises UserError where it lacks it."""
-    has = {"predicted": set(ACROSS.values()) <= set(encoder.cross or ()), "projected": encoder.projector is not None, "encoder": True}
-    name = name or next(one for one in has if has[one])
+    """The `name` that is asked for, or the first of these that the checkpoint has. Raises UserError where it
+    lacks it."""
+    has = {
+        "predicted": set(ACROSS.values()) <= set(encoder.cross or ()),
+        "projected": encoder.projector is not None,
+        "encoder": True}
+    if name is None:
+        return next(kind for kind in has if has[kind])
     if not has[name]:
         lacks = {"predicted": f"predictors {' and '.join(ACROSS.values())}", "projected": "projector"}[name]
-        raise UserError(f"--embedding {name}: this {encoder.method} checkpoint has no {lacks}; leave it out, or give --embedding encoder")
+        raise UserError(f"--embedding {name}: this {encoder.method['name']} checkpoint has no {lacks}; leave "
+                        "it out, or give --embedding encoder")
     return name
+
+
+def embed_batch(encoder, modality, x, views, embedding, process):
+    """One modality of a batch, x (B views, ...) -> what the clips are as queries and as candidates, each (B,
+    D)."""
+    def average(z):
+        return z.unflatten(0, (-1, views)).mean(1)                                  # (B views, D) -> (B, D)
+
+    with process.autocast():
+        z = encoder(**{modality: x})[1].float()                                     # (B views, D)
+    if embedding == "predicted":
+        # a prediction, and what it was trained on unspecified: predictors that were trained on the visible
+        # part are given the whole input; the mean over the views comes last, and is not normalised
+        with process.autocast():
+            target = encoder.teacher(**{modality: x})[1].float()
+        query = encoder.cross[ACROSS[modality]](z)
+        candidate = F.layer_norm(target, target.shape[-1:])
+        return average(query).cpu(), average(candidate).cpu()
+    if embedding == "projected":
+        z = encoder.projector(z)
+    z = F.normalize(average(z), dim=-1).cpu()
+    return z, z
 
 
 @torch.no_grad()
 def embed(encoder, listing, views=4, batch=128, workers=1, process=None, seed=0, embedding=None):
-    """Each clip once per modality, as a query and as a candidate: {"audio": ((N, D), (N, D)), "video": the same}, means over the views,
-    and what was read: index (N,), has_video, has_audio (N,) bool. A clip that does not decode is left out."""
+    """Each clip once per modality, as a query and as a candidate, means over the views: {"audio": (queries
+    (N, D), candidates (N, D)), "video": the same}, and what was read: index (N,), has_video, has_audio (N,)
+    bool. A clip that does not decode is left out."""
     embedding = choose_embedding(encoder, embedding)
-    inputs, process = data.Inputs(**encoder.inputs), process or common.start_process("cpu")
+    inputs = data.Inputs(**encoder.inputs)
+    process = process or run.start_process("cpu")
     plan = functools.partial(random_views, views, inputs)
-    out, read, troubles = {"audio": [], "video": []}, {"index": [], "has_video": [], "has_audio": []}, data.Troubles(len(listing))
-    for b in data.eval_batches(listing, inputs, plan, max(1, batch // views), workers, troubles, "embed for retrieval", seed):
+    size = max(1, batch // views)
+    troubles = data.Troubles(len(listing))
+    label = "embed for retrieval"
+    parts = {"audio": [], "video": []}
+    read = {"index": [], "has_video": [], "has_audio": []}
+    for clips in data.eval_batches(listing, inputs, plan, size, workers, troubles, label, seed):
         for key in read:
-            read[key].append(b[key])
-        b = data.to_device(b, process.device)
-        for modality in out:
-            with process.autocast():
-                z = encoder(**{modality: b[modality]})[1].float()                   # (B views, D)
-            if embedding == "predicted":                                            # a prediction, and what it was trained on
-                # unspecified: predictors that were trained on the visible part are given the whole input; the mean over the views comes
-                # last, and is not normalised
-                with process.autocast():
-                    target = encoder.teacher(**{modality: b[modality]})[1].float()
-                roles = encoder.cross[ACROSS[modality]](z), F.layer_norm(target, target.shape[-1:])
-                roles = [x.unflatten(0, (-1, views)).mean(1).cpu() for x in roles]  # each (B, D)
-            else:
-                z = encoder.projector(z) if embedding == "projected" else z
-                roles = 2 * [F.normalize(z.unflatten(0, (-1, views)).mean(1), dim=-1).cpu()]
-            out[modality].append(roles)
-    return {k: [torch.cat(x) for x in zip(*v)] for k, v in out.items()}, {k: torch.cat(v) for k, v in read.items()}
+            read[key].append(clips[key])
+        clips = data.to_device(clips, process.device)
+        for modality in parts:
+            x = clips[modality]
+            parts[modality].append(embed_batch(encoder, modality, x, views, embedding, process))
+    z = {}
+    for modality, pairs in parts.items():
+        queries, candidates = zip(*pairs)
+        z[modality] = (torch.cat(queries), torch.cat(candidates))
+    return z, {key: torch.cat(values) for key, values in read.items()}
 
 
 def similarity(queries, candidates, embedding):
-    """(Q, N) of queries (Q, D) and candidates (N, D): the cosine, or minus the L1 distance, the mean over the dimensions."""
+    """(Q, N) of queries (Q, D) and candidates (N, D): the cosine, or minus the L1 distance, the mean over the
+    dimensions."""
     if embedding == "predicted":
         return -torch.cdist(queries, candidates, p=1) / queries.shape[1]
     return queries @ candidates.T
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Which clips are searched
+# ----------------------------------------------------------------------------------------------------------
+
 def rarest(listing, among=None):
-    """The rarest label of each clip, (N,), -1 where it has none. among: the class indices that count, by default all."""
+    """The rarest label of each clip, (N,), -1 where it has none. among: the class indices that count, by
+    default all."""
     frequency = np.bincount(listing.labels, minlength=len(listing.classes))
-    among = set(range(len(listing.classes)) if among is None else among)
-    labels = ([c for c in listing.clip_labels(i).tolist() if c in among] for i in range(len(listing)))
-    return np.array([min(some, key=lambda c: frequency[c], default=-1) for some in labels])
+    counts = set(range(len(listing.classes)) if among is None else among)
+    chosen = []
+    for i in range(len(listing)):
+        labels = [label for label in listing.clip_labels(i).tolist() if label in counts]
+        chosen.append(min(labels, key=lambda label: frequency[label], default=-1))
+    return np.array(chosen)
 
 
 def choose(listing, clips, seed=0):
-    """The clips to search: 'all', a number of clips for each class (drawn with the seed; a clip with several labels counts for
-    the rarest), or a file with an id or a file name in each line."""
+    """The clips to search: 'all', a number of clips for each class (drawn with the seed; a clip with several
+    labels counts for the rarest), or a file with an id or a file name in each line."""
     if clips == "all":
         return listing
     if clips.isdigit() and int(clips) > 0:
-        if listing.labels is None:
-            raise UserError(f"--clips {clips}: {listing.name} has no classes; give --clips all or a list of ids")
-        label = rarest(listing)
-        rng, chosen = np.random.default_rng(seed), []
-        for c in range(len(listing.classes)):
-            chosen += rng.permutation(np.flatnonzero(label == c))[:int(clips)].tolist()
-        return listing.subset(sorted(chosen))
+        return draw_of_each_class(listing, int(clips), seed)
     if not Path(clips).is_file():
-        raise UserError(f"--clips {clips}: neither 'all', nor a number of clips for each class, nor a file with ids")
-    try:
-        wanted = list(dict.fromkeys(line.strip() for line in Path(clips).read_text().splitlines() if line.strip()))
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"--clips {clips}: cannot be read as a text file with an id in each line") from None
-    names = [Path(listing.path(i)) for i in range(len(listing))]
-    place = {}                                          # exact names win over ids
-    for key in (lambda p: p.stem[:11], lambda p: p.stem[1:12] if p.stem[0] == "Y" else p.stem, lambda p: p.stem, lambda p: p.name):
-        place.update({key(p): i for i, p in enumerate(names)})
-    missing = [w for w in wanted if w not in place]
-    if len(missing) == len(wanted):
-        raise UserError(f"--clips {clips}: none of its {len(wanted):,} ids is in {listing.name}")
-    if missing:
-        print(f"{len(missing):,} of {len(wanted):,} ids of {clips} are not on disk, the first: {missing[0]}")
-    return listing.subset([place[w] for w in wanted if w in place])
+        raise UserError(f"--clips {clips}: neither 'all', nor a number of clips for each class, nor a file "
+                        "with ids")
+    return find_ids(listing, clips)
 
+
+def draw_of_each_class(listing, count, seed):
+    """At most `count` random clips of each class, in the order of the listing."""
+    if listing.labels is None:
+        raise UserError(f"--clips {count}: {listing.name} has no classes; give --clips all or a list of ids")
+    label = rarest(listing)
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for c in range(len(listing.classes)):
+        members = rng.permutation(np.flatnonzero(label == c))
+        chosen += members[:count].tolist()
+    return listing.subset(sorted(chosen))
+
+
+def find_ids(listing, file):
+    """The clips that the lines of a text file name, in their order, each once."""
+    try:
+        lines = [line.strip() for line in Path(file).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--clips {file}: cannot be read as a text file with an id in each line") from None
+    wanted = [line for line in dict.fromkeys(lines) if line]
+    paths = [Path(listing.path(i)) for i in range(len(listing))]
+    stems = [path.stem for path in paths]
+    # exact names win over ids: what comes later replaces what came before
+    index = {stem[:11]: i for i, stem in enumerate(stems)}
+    index.update((stem[1:12] if stem[0] == "Y" else stem, i) for i, stem in enumerate(stems))
+    index.update((stem, i) for i, stem in enumerate(stems))
+    index.update((path.name, i) for i, path in enumerate(paths))
+    missing = [name for name in wanted if name not in index]
+    if len(missing) == len(wanted):
+        raise UserError(f"--clips {file}: none of its {len(wanted):,} ids is in {listing.name}")
+    if missing:
+        print(f"{len(missing):,} of {len(wanted):,} ids of {file} are not on disk, the first: {missing[0]}")
+    return listing.subset([index[name] for name in wanted if name in index])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Search
+# ----------------------------------------------------------------------------------------------------------
 
 def evaluate(encoder, listing, views=4, workers=1, process=None, embedding=None, seed=0):
-    """Both directions, chance and, with classes, R@1 within the class: a flat dict for the log. Only clips that have both sound
-    and picture are searched; the others are counted. embedding: of choose_embedding."""
+    """Both directions, chance and, with classes, R@1 within the class: a flat dict for the log. Only clips
+    that have both sound and picture are searched; the others are counted. embedding: of choose_embedding."""
     embedding = choose_embedding(encoder, embedding)
     z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, embedding=embedding)
     both = read["has_video"] & read["has_audio"]
     index = read["index"][both]
     if not len(index):
         raise UserError(f"{listing.name}: no clip has both sound and picture")
-    result = {"N": len(index), "left_out": len(listing) - len(index), "embedding": embedding, "chance": chance(len(index))}
-    for name, asks, finds in (("A->V", "audio", "video"), ("V->A", "video", "audio")):
-        found = similarity(z[asks][0][both], z[finds][1][both], embedding)
-        result[name] = recall(found)
+    result = {
+        "N": len(index),
+        "left_out": len(listing) - len(index),
+        "embedding": embedding,
+        "chance": chance(len(index))}
+    for way, (asks, finds) in WAYS.items():
+        queries, _ = z[asks]
+        _, candidates = z[finds]
+        scores = similarity(queries[both], candidates[both], embedding)
+        result[way] = recall(scores)
         if listing.labels is not None and not listing.multilabel:
-            result[name]["class R@1"], result["chance"]["class R@1"] = recall_in_class(found, listing.targets(index.numpy()))
+            labels = listing.targets(index.numpy())
+            result[way]["class R@1"], result["chance"]["class R@1"] = recall_in_class(scores, labels)
     return result
 
 
 def query(encoder, file, folder, top, views, workers, process, embedding=None, seed=0):
-    """(the modality that was searched with, [(score, path)], number of clips left out): the clips of a folder whose other
-    modality lies nearest to the file. A file that has sound is asked by its sound. Scores are those of `similarity`."""
-    embedding = choose_embedding(encoder, embedding)
+    """(the modality that was searched with, [(score, path)], number of clips left out): the clips of a folder
+    whose other modality lies nearest to the file. A file that has sound is asked by its sound. Scores are
+    those of `similarity`."""
+    options = dict(views=views, workers=workers, process=process, seed=seed, embedding=embedding)
 
-    def one(paths, modality, role):
+    def embed_files(paths, modality):
+        """(queries, candidates, paths) of the files that have the modality."""
         listing = data.make_listing("query", "", paths, None, [])
-        z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, embedding=embedding)
+        z, read = embed(encoder, listing, **options)
         keep = read[f"has_{modality}"]
-        return z[modality][role][keep], [paths[i] for i in read["index"][keep]], len(paths) - int(keep.sum())
+        queries, candidates = z[modality]
+        return queries[keep], candidates[keep], [paths[i] for i in read["index"][keep]]
 
     if not Path(file).is_file():
         raise UserError(f"--query {file}: there is no such file")
-    candidates = data.list_clips("folder", folder, split="all")
+    listing = data.list_clips("folder", folder, split="all")
     clip = data.read_clip(file, 0.0, 1.0, 1, 16, 16000)
     asks = "audio" if clip["has_audio"] else "video"
-    z, _, _ = one([str(file)], asks, 0)
-    found, paths, left_out = one([candidates.path(i) for i in range(len(candidates))], "video" if asks == "audio" else "audio", 1)
+    asked, _, _ = embed_files([str(file)], asks)
+    searched = [listing.path(i) for i in range(len(listing))]
+    _, candidates, paths = embed_files(searched, OTHER[asks])
     if not paths:
-        raise UserError(f"--folder {folder}: no clip in it has {'a picture' if asks == 'audio' else 'sound'} to compare with")
-    scores = similarity(z, found, embedding)[0].tolist()
-    return asks, sorted(zip(scores, paths), reverse=True)[:top], left_out
+        lacks = "a picture" if asks == "audio" else "sound"
+        raise UserError(f"--folder {folder}: no clip in it has {lacks} to compare with")
+    scores = similarity(asked, candidates, choose_embedding(encoder, embedding))[0].tolist()
+    best = sorted(zip(scores, paths), reverse=True)[:top]
+    return asks, best, len(searched) - len(paths)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------------
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=common.Help)
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=run.Help)
     add = parser.add_argument
+    both = [name for name, data_set in data.SETS.items() if len(data_set.has) == 2]
     add("--ckpt", required=True, help="folder of a run, or its latest.pt")
-    add("--data", help="toy, audioset, vggsound, kinetics400 or folder")
+    add("--data", help=", ".join(both))
     add("--data-dir", help="folder with the clips and the csv files")
     add("--clips", default="5", help="all, a number of clips for each class, or a file with ids")
     add("--views", type=int, default=4, help="random views of a clip that are averaged")
-    add("--embedding", choices=("predicted", "projected", "encoder"), help="predicted: L1 between what one modality predicts of the other "
-        "and what that is (MJEPA); projected: cosine after the projector (the table of AV-JEPA's paper); encoder: cosine of CLS (its "
-        "authors' job) or the mean of the tokens; default: the first of them that the checkpoint has")
+    add("--embedding", choices=("predicted", "projected", "encoder"),
+        help="predicted: L1 between what one modality predicts of the other and what that is; projected: "
+        "cosine after the projector; encoder: cosine of CLS or the mean of the tokens; default: the first of "
+        "them that the checkpoint has")
     add("--untrained", action="store_true", help="the same encoder as it was initialised, for comparison")
     add("--absent", choices=("zero", "drop"), help="if other than in training")
     add("--query", help="a sound or a video: list its best matches in --folder")
@@ -211,39 +300,60 @@ def main(argv=None):
     if bool(args.query) == bool(args.data) or bool(args.query) != bool(args.folder):
         raise UserError("give either --data SET, or --query FILE with --folder DIR")
     common.check_range("--workers", args.workers or 0, 0, 1024)
-    common.check_range("--views", args.views, 1, 1000), common.check_range("--top", args.top, 1, 10 ** 6)
+    common.check_range("--views", args.views, 1, 1000)
+    common.check_range("--top", args.top, 1, 10 ** 6)
     common.check_range("--seed", args.seed, 0, 2 ** 31)
-    began, process = time.time(), common.start_process(args.device)
+    return args
+
+
+def show_matches(args, encoder, embedding, process, workers):
+    """--query: the best matches of one file on the screen."""
+    asks, best, left_out = query(
+        encoder, args.query, args.folder, args.top, args.views, workers, process, embedding, args.seed)
+    print(f"by the {asks} of {args.query}:")
+    for score, path in best:
+        print(f"{score:7.3f}  {path}")
+    if left_out:
+        lacks = "picture" if asks == "audio" else "sound"
+        print(f"({left_out} clips left out: unreadable, or without {lacks})")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    began = time.time()
+    process = run.start_process(args.device)
     if process.world > 1:
         raise UserError("retrieval.py runs in one process; start it without torchrun")
-    workers = common.default_workers(process) if args.workers is None else args.workers
+    workers = run.default_workers(process) if args.workers is None else args.workers
     encoder = common.load_encoder(args.ckpt, process.device, args.untrained, args.absent, cross=True)
-    if encoder.vit.video is None or encoder.vit.audio is None:
-        raise UserError(f"{args.ckpt}: this {encoder.method} encoder takes one modality only; retrieval needs both")
+    if len(encoder.vit.grids) < 2:
+        name = encoder.method["name"]
+        raise UserError(f"{args.ckpt}: this {name} encoder takes one modality only; retrieval needs both")
     embedding = choose_embedding(encoder, args.embedding)
     if args.query:
-        asks, best, left_out = query(encoder, args.query, args.folder, args.top, args.views, workers, process, embedding, args.seed)
-        print(f"by the {asks} of {args.query}:")
-        for score, path in best:
-            print(f"{score:7.3f}  {path}")
-        if left_out:
-            print(f"({left_out} clips left out: unreadable, or without {'picture' if asks == 'audio' else 'sound'})")
+        show_matches(args, encoder, embedding, process, workers)
         return
-    if args.data in data.SOUNDS:
-        raise UserError(f"--data {args.data} has no pictures; retrieval needs both")
-    if args.data in data.SILENT:
-        raise UserError(f"--data {args.data} has no sound; retrieval needs both")
+    data.require(args.data, ("video", "audio"), "retrieval needs both")
     listing = data.list_clips(args.data, args.data_dir, "test")
     if listing.labels is None:
         print(f"{args.data_dir} has no sub-folders and so no held-out part: pre-training saw these clips")
     listing = choose(listing, args.clips, args.seed)
     result = evaluate(encoder, listing, args.views, workers, process, embedding, args.seed)
-    print(f"{args.data}, N = {result['N']:,}, left out {result['left_out']:,}" + (", untrained encoder" if args.untrained else ""))
-    for name in ("A->V", "V->A", "chance"):
-        print(f"{name:7s}" + "".join(f"  {k} {v:6.1f}" for k, v in result[name].items()))
-    common.add_row(args.ckpt, "retrieval.jsonl", {
-        "data": args.data, "clips": args.clips, "embedding": embedding, "untrained": args.untrained, "absent": encoder.vit.absent,
-        "seed": args.seed, "ckpt": str(args.ckpt), "step": encoder.step, "seconds": round(time.time() - began, 1), **result})
+    untrained = ", untrained encoder" if args.untrained else ""
+    print(f"{args.data}, N = {result['N']:,}, left out {result['left_out']:,}{untrained}")
+    for name in (*WAYS, "chance"):
+        print(f"{name:7s}" + "".join(f"  {key} {value:6.1f}" for key, value in result[name].items()))
+    run.add_row(args.ckpt, "retrieval.jsonl", {
+        "data": args.data,
+        "clips": args.clips,
+        "embedding": embedding,
+        "untrained": args.untrained,
+        "absent": encoder.vit.absent,
+        "seed": args.seed,
+        "ckpt": str(args.ckpt),
+        "step": encoder.step,
+        "seconds": round(time.time() - began, 1),
+        **result})
 
 
 if __name__ == "__main__":

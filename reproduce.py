@@ -1,31 +1,58 @@
-"""A claim as one command: train the rows of an experiment over several seeds, and write its table and its picture.
+"""A claim as one command: train the rows of an experiment over several seeds, write its table and picture.
 
     python reproduce.py masking                       # A-JEPA's table of maskings on the toy data
     python reproduce.py masking --dry-run             # what is finished and what is left
     python reproduce.py masking --seeds 0 1 2 3 4     # more seeds: only those that are missing are run
-    python reproduce.py methods                       # the four methods side by side: probes, retrieval, size and time
+    python reproduce.py methods                       # the four methods: probes, retrieval, size and time
 
-A row is a command line of our own scripts. Each run is a process of its own with a folder of its own: what is finished is skipped, a
-run that was stopped goes on from its checkpoint, and one that failed is named while the others go on. A finished run of the same
-recipe beside the experiment (runs/*, runs/*/*) is taken, not trained again; nothing but rows of probe.jsonl is written there. Flags
-that this script does not know are handed to each run (--steps 100 --data-dir toy/); what a row says itself stays.
+A row is a command line of our own scripts. Each run is a process of its own with a folder of its own: what is
+finished is skipped, a run that was stopped goes on from its checkpoint, and one that failed is named while
+the others go on. Flags that this script does not know are handed to each run (--steps 100 --batch-size 16);
+what a row says itself stays.
 """
-import argparse, contextlib, functools, importlib, io, json, math, re, shlex, signal, statistics, subprocess, sys, time
+import argparse
+import functools
+import json
+import math
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
-import common, data, probe
-from common import Help, UserError, code_version, main_guard, replace_file
+from matplotlib.figure import Figure
 
-# one head for all, and two rates: MJEPA's own, of four blocks, takes too long on two cores
-ATTENTIVE = "probe.py --data toy --probe attentive --head attentive --lr 1e-3 1e-2 --modality"
-METHODS = {"A-JEPA": "ajepa.py", "AV-JEPA": "avjepa_lejepa.py", "MJEPA": "mjepa.py", "AVJEPA (NC State)": "avjepa_ncsu.py"}
-NAMES = {"audio": "audio", "video": "video", "audio + video": "av"}
-WAYS = ("A->V", "V->A")
+import common
+import probe
+from common import UserError, main_guard
+from run import Help, code_version, read_log, replace_file
+
+TRAIN = "train"                                         # of a run's steps the one that is not a probe
+
+
+def attentive(*modalities):
+    """The steps that probe a finished run with attention. One query for all methods, and two rates:
+    MJEPA's own head, of four blocks, takes too long on two cores."""
+    steps = []
+    for modality in modalities:
+        step = f"probe.py --data toy --probe attentive --head attentive --lr 1e-3 1e-2 --modality {modality}"
+        steps += [step, f"{step} --baseline untrained"]
+    return steps
+
+
 EXPERIMENTS = {
-    # name: what the title says; {column: where it lies in results.json}; flags of all rows, which the user's may replace; {row: command}
+    # columns {name: where it lies in results.json, or in `measures`}; flags of all rows, which the user's may
+    # replace; rows {name: command line}. Where there is more to it: formats of the columns that are not
+    # percent, with a comma if it is the same for all seeds; panels of the picture {title: (unit, columns, the
+    # column of chance)}; after {row: steps that follow its training}
     "masking": dict(
         title="A-JEPA's table of maskings, on the toy data: linear probe on held-out clips, top-1 in percent",
-        columns={"linear probe": ("trained", "audio"), "untrained": ("untrained", "audio")},
+        columns={"linear probe": "trained/audio",
+                 "untrained": "untrained/audio"},
         flags="--steps 500",                            # half of the toy run, for 15 runs in 40 minutes
         rows={"random patches, 75 %": "ajepa.py --masking random --mask-ratio 0.75",
               "time strips": "ajepa.py --masking time",
@@ -34,8 +61,12 @@ EXPERIMENTS = {
               "multi-block": "ajepa.py --masking multiblock"}),
     "cross-modal": dict(
         title="MJEPA's table of terms, on the toy data: linear probe on held-out clips, top-1 in percent",
-        columns={**{name: ("trained", key) for name, key in (("A", "audio"), ("V", "video"), ("AV", "av"))},
-                 **{f"{name}, untrained": ("untrained", key) for name, key in (("A", "audio"), ("V", "video"), ("AV", "av"))}},
+        columns={"A": "trained/audio",
+                 "V": "trained/video",
+                 "AV": "trained/av",
+                 "A, untrained": "untrained/audio",
+                 "V, untrained": "untrained/video",
+                 "AV, untrained": "untrained/av"},
         flags="",
         rows={"separate, audio": "mjepa.py --terms separate-audio",
               "separate, video": "mjepa.py --terms separate-video",
@@ -43,75 +74,103 @@ EXPERIMENTS = {
               "and A<->V across": "mjepa.py --terms intra+av",
               "all nine": "mjepa.py --terms all"}),
     "sound": dict(
-        title="AVJEPA: does sound help a small model? Toy data: linear probe of the class on held-out clips, top-1 in percent",
+        title="AVJEPA: does sound help a small model? Toy data: linear probe of the class on held-out clips, "
+              "top-1 in percent",
         # the encoder trained with sound is asked without it as well: so the authors' code asks it
-        columns={"video alone": ("trained", "video"), "video + sound": ("trained", "av"), "video alone, untrained": ("untrained", "video"),
-                 "video + sound, untrained": ("untrained", "av")},
+        columns={"video alone": "trained/video",
+                 "video + sound": "trained/av",
+                 "video alone, untrained": "untrained/video",
+                 "video + sound, untrained": "untrained/av"},
         flags="",
-        rows={f"{size}, trained on {what}": f"avjepa_ncsu.py --size {size} --modalities {modalities}"
-              for size in ("nano", "toy") for what, modalities in (("video", "video"), ("video + sound", "av"))}),
+        rows={"nano, trained on video": "avjepa_ncsu.py --size nano --modalities video",
+              "nano, trained on video + sound": "avjepa_ncsu.py --size nano --modalities av",
+              "toy, trained on video": "avjepa_ncsu.py --size toy --modalities video",
+              "toy, trained on video + sound": "avjepa_ncsu.py --size toy --modalities av"}),
     "methods": dict(
-        title="The four methods on the toy data: frozen encoders on held-out clips, probes (top-1) and retrieval (R@10) in percent",
-        columns={**{f"linear probe, {name}{which and ', ' + which}": (which or "trained", key)
-                    for name, key in NAMES.items() for which in ("", "untrained", "raw input")},
-                 **{f"attentive probe, {name}{which and ', ' + which}": ("attentive", which or "trained", key)
-                    for name, key in NAMES.items() for which in ("", "untrained")},
-                 **{f"R@10, {way}{which and ', ' + which}": (which or "trained", way, "R@10")
-                    for way in WAYS for which in ("", "untrained")},
-                 "chance, probes": ("chance", "audio"), "chance, R@10": ("chance", "A->V", "R@10"),
-                 **{name: ("run", name) for name in (
-                     "parameters of the encoder", "parameters trained", "video tokens of a clip", "audio tokens of a clip",
-                     "seconds a step", "minutes of training", "minutes of evaluation", "minutes of attentive probes")}},
-        # how a value is written that is not measured in percent; with a comma: it is the same for all seeds
-        formats={"chance, probes": ",.1f", "chance, R@10": ",.1f", "parameters of the encoder": ",.0f", "parameters trained": ",.0f",
-                 "video tokens of a clip": ",.0f", "audio tokens of a clip": ",.0f", "seconds a step": ".3f",
-                 "minutes of training": ".1f", "minutes of evaluation": ".1f", "minutes of attentive probes": ".1f"},
-        # of the picture: {title: (unit, columns, the column of chance)}
-        panels={"linear probe": ("top-1, percent", [f"linear probe, {name}" for name in NAMES], "chance, probes"),
-                "attentive probe": ("top-1, percent", [f"attentive probe, {name}" for name in NAMES], "chance, probes"),
-                "retrieval": ("R@10, percent", [f"R@10, {way}" for way in WAYS], "chance, R@10"),
+        title="The four methods on the toy data: frozen encoders on held-out clips, probes (top-1) and "
+              "retrieval (R@10) in percent",
+        columns={"linear probe, audio": "trained/audio",
+                 "linear probe, audio, untrained": "untrained/audio",
+                 "linear probe, audio, raw input": "raw input/audio",
+                 "linear probe, video": "trained/video",
+                 "linear probe, video, untrained": "untrained/video",
+                 "linear probe, video, raw input": "raw input/video",
+                 "linear probe, audio + video": "trained/av",
+                 "linear probe, audio + video, untrained": "untrained/av",
+                 "linear probe, audio + video, raw input": "raw input/av",
+                 "attentive probe, audio": "attentive/trained/audio",
+                 "attentive probe, audio, untrained": "attentive/untrained/audio",
+                 "attentive probe, video": "attentive/trained/video",
+                 "attentive probe, video, untrained": "attentive/untrained/video",
+                 "attentive probe, audio + video": "attentive/trained/av",
+                 "attentive probe, audio + video, untrained": "attentive/untrained/av",
+                 "R@10, A->V": "trained/A->V/R@10",
+                 "R@10, A->V, untrained": "untrained/A->V/R@10",
+                 "R@10, V->A": "trained/V->A/R@10",
+                 "R@10, V->A, untrained": "untrained/V->A/R@10",
+                 "chance, probes": "chance/audio",
+                 "chance, R@10": "chance/A->V/R@10",
+                 "parameters of the encoder": "run/parameters of the encoder",
+                 "parameters trained": "run/parameters trained",
+                 "video tokens of a clip": "run/video tokens of a clip",
+                 "audio tokens of a clip": "run/audio tokens of a clip",
+                 "seconds a step": "run/seconds a step",
+                 "minutes of training": "run/minutes of training",
+                 "minutes of evaluation": "run/minutes of evaluation",
+                 "minutes of attentive probes": "run/minutes of attentive probes"},
+        formats={"chance, probes": ",.1f",
+                 "chance, R@10": ",.1f",
+                 "parameters of the encoder": ",.0f",
+                 "parameters trained": ",.0f",
+                 "video tokens of a clip": ",.0f",
+                 "audio tokens of a clip": ",.0f",
+                 "seconds a step": ".3f",
+                 "minutes of training": ".1f",
+                 "minutes of evaluation": ".1f",
+                 "minutes of attentive probes": ".1f"},
+        panels={"linear probe": (
+                    "top-1, percent",
+                    ["linear probe, audio", "linear probe, video", "linear probe, audio + video"],
+                    "chance, probes"),
+                "attentive probe": (
+                    "top-1, percent",
+                    ["attentive probe, audio", "attentive probe, video", "attentive probe, audio + video"],
+                    "chance, probes"),
+                "retrieval": ("R@10, percent", ["R@10, A->V", "R@10, V->A"], "chance, R@10"),
                 "time of a training step": ("seconds", ["seconds a step"], None)},
         flags="",
-        rows=METHODS,
-        # {row: commands on the folder of its finished run}
-        after={row: [f"{ATTENTIVE} {key}{baseline}" for key in (NAMES.values() if row != "A-JEPA" else ("audio",))
-                     for baseline in ("", " --baseline untrained")] for row in METHODS}),
+        rows={"A-JEPA": "ajepa.py",
+              "AV-JEPA": "avjepa_lejepa.py",
+              "MJEPA": "mjepa.py",
+              "AVJEPA (NC State)": "avjepa_ncsu.py"},
+        after={"A-JEPA": attentive("audio"),
+               "AV-JEPA": attentive("audio", "video", "av"),
+               "MJEPA": attentive("audio", "video", "av"),
+               "AVJEPA (NC State)": attentive("audio", "video", "av")}),
 }
 
 
-def asked(command):
-    """(args, recipe) that the script of a command makes of its flags; None for a script that is no method of ours, and for flags that it
-    refuses: the run itself then says why."""
-    script, *flags = command
-    if script.removesuffix(".py") not in probe.ATTENTIVE:
-        return None
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            return importlib.import_module(script.removesuffix(".py")).get_args(flags)
-        except (UserError, SystemExit):
-            return None
+# ----------------------------------------------------------------------------------------------------------
+# What is to be run, and what is finished
+# ----------------------------------------------------------------------------------------------------------
 
-
-def plan(experiment, seeds, out, extra):
-    """The runs: a list of dict(row, seed, folder, own, command, after); seed by seed, so that whoever stops early has a whole table of
-    fewer seeds. folder: where its checkpoint lies, own: where its output goes; after: the commands on its folder."""
+def plan(experiment, seeds, out, given, extra):
+    """The runs: a list of dict(row, seed, folder, command, probes), seed by seed, so that whoever stops
+    early has a whole table of fewer seeds. given: flags for the run and its probes; extra: for the run
+    alone."""
     runs = []
-    for seed in seeds:
-        for row, command in experiment["rows"].items():
-            script, *flags = shlex.split(command)
-            folder = Path(out) / f"{re.sub('[^a-z0-9]+', '-', row.lower()).strip('-')}-seed{seed}"
-            command = [script, *shlex.split(experiment["flags"]), *extra, *flags, "--seed", str(seed), "--out", str(folder)]
-            runs.append({"row": row, "seed": seed, "folder": folder, "own": folder, "command": command,
-                         "after": experiment.get("after", {}).get(row, [])})
+    for seed in dict.fromkeys(seeds):
+        for row, line in experiment["rows"].items():
+            name = re.sub("[^a-z0-9]+", "-", row.lower()).strip("-")
+            folder = Path(out) / f"{name}-seed{seed}"
+            script, *flags = shlex.split(line)
+            command = [script, *shlex.split(experiment["flags"]), *given, *extra, *flags]
+            command += ["--seed", str(seed), "--out", str(folder)]
+            probes = {}
+            for step in experiment.get("after", {}).get(row, []):
+                probes[step] = [*shlex.split(step), *given, "--ckpt", str(folder)]
+            runs.append(dict(row=row, seed=seed, folder=folder, command=command, probes=probes))
     return runs
-
-
-def probes(run):
-    """The command lines on the folder of a run, with those of the user's flags that they know as well."""
-    args = (asked(run["command"]) or [argparse.Namespace(data_dir=None, workers=None, device="auto")])[0]
-    given = {"--data-dir": args.data_dir, "--workers": args.workers, "--device": args.device}
-    words = [str(word) for flag, value in given.items() if value not in (None, "auto") for word in (flag, value)]
-    return [[*shlex.split(command), *words, "--ckpt", str(run["folder"])] for command in run["after"]]
 
 
 def read(path):
@@ -123,122 +182,92 @@ def read(path):
     return content if isinstance(content, dict) else None
 
 
+def write(path, content):
+    text = json.dumps(content, indent=1) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
 def finished(run):
-    """The results of a run, with its measures where the experiment probes it further, or None if it is not finished. Raises UserError if
-    the folder holds a run of another command."""
-    begun, results = read(run["folder"] / "command.json"), read(run["folder"] / "results.json")
-    same = "taken" in run or begun and begun["command"][:-2] == run["command"][:-2]        # but for --out: the folder may have moved
+    """The results of a run, with its measures where the experiment probes it further, or None if it is not
+    finished. Raises UserError if the folder holds a run of another command."""
+    begun = read(run["folder"] / "command.json")
+    results = read(run["folder"] / "results.json")
+    same = begun is not None and begun["command"][:-2] == run["command"][:-2]   # but for --out: it may move
     if not same and (results or (run["folder"] / "latest.pt").is_file()):
         raise UserError(f"{run['folder']} holds a run of another command; give another --out, or remove it")
-    if not (same and results):
+    if not same or not results:
         return None
-    return {**results, "versions": run.get("taken") or begun["versions"], **(measures(run, results) if run["after"] else {})}
+    results["versions"] = begun["versions"]
+    if run["probes"]:
+        results.update(measures(run, results))
+    return results
 
 
-@functools.lru_cache(None)
-def facts(folder):
-    """Of a finished run, what does not change any more: dict(step, absent, seconds of a view by modality, sizes). The parameters trained
-    are those that the optimiser has moments of: neither the teacher nor a buffer is among them."""
-    content, vit = common.load_checkpoint(folder), common.load_encoder(folder).vit
-    seconds = content["inputs"]["seconds"]
-    sizes = {"parameters of the encoder": sum(p.numel() for p in vit.parameters()),
-             "parameters trained": sum(moments["exp_avg"].numel() for moments in content["optimizer"]["state"].values()),
-             **{f"{m} tokens of a clip": getattr(vit, m).num for m in ("video", "audio") if getattr(vit, m)}}
-    return {"step": content["step"], "absent": vit.absent, "sizes": sizes,
-            "seconds": {"audio": seconds, "av": seconds, "video": content["inputs"].get("video_seconds") or seconds}}
-
-
-def probed(run, command):
-    """The last row of the run's probe.jsonl that this command has written or would write again, or None."""
-    args, of = probe.get_args(command[1:]), facts(run["folder"].resolve())
-    # views, epochs: the defaults on the toy data
-    want = {**{key: getattr(args, key) for key in ("data", "probe", "head", "modality", "baseline", "encoder", "layers", "seed")},
-            "lrs": args.lr, "absent": of["absent"], "step": of["step"], "views": 4, "view_seconds": of["seconds"][args.modality],
-            "epochs": probe.frozen_schedule(data.TOY["train"])[1]}
-    file = run["folder"] / "probe.jsonl"
-    rows = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):                 # a line that was cut off
-            rows.append(json.loads(line))
-    rows = [row for row in rows if all(row.get(key) == value for key, value in want.items())]
-    return rows[-1] if rows else None
-
-
-def step_times(log):
-    """(median seconds a step, minutes of all steps) by the rows of a log.jsonl, each of which holds the milliseconds of the steps since the
-    row before; of no rows (None, None)."""
-    if not log:
-        return None, None
-    steps = [row["step"] - before for row, before in zip(log, [-1, *(row["step"] for row in log)])]
-    return (statistics.median(row["ms_step"] for row in log) / 1e3,
-            sum(row["ms_step"] * count for row, count in zip(log, steps)) / 6e4)
-
-
-def measures(run, results):
-    """What results.json lacks: {"attentive": {trained or untrained: {modality: top-1 in percent}}, "run": {measure: value}}."""
-    table, rows = {"trained": {}, "untrained": {}}, [probed(run, command) for command in probes(run)]
-    for row in filter(None, rows):
-        table[row["baseline"] or "trained"][row["modality"]] = row["value"]
-    step, training = step_times(common.read_log(run["folder"]))
-    return {"attentive": table, "run": {
-        **facts(run["folder"].resolve())["sizes"], "seconds a step": step, "minutes of training": training,
-        "minutes of evaluation": results["seconds"] / 60 if "seconds" in results else None,
-        "minutes of attentive probes": sum(row["seconds"] for row in rows) / 60 if all(rows) else None}}
+def probed(run):
+    """The rows of probe.jsonl that the run's probes have written: {step: row}."""
+    rows = read(run["folder"] / "probes.json") or {}
+    return {step: rows[step] for step in run["probes"] if step in rows}
 
 
 def missing(run):
-    """The commands that a run still needs, in their order."""
+    """The steps that a run still needs, in their order."""
     if not finished(run):
-        return [run["command"], *probes(run)]
-    return [command for command in probes(run) if not probed(run, command)]
+        return [TRAIN, *run["probes"]]
+    rows = probed(run)
+    return [step for step in run["probes"] if step not in rows]
 
 
-def elsewhere(out):
-    """{folder: its checkpoint, but for the weights} of the finished runs one or two levels below the folder in which `out` lies."""
-    found = {}
-    for file in sorted([*out.parent.glob("*/results.json"), *out.parent.glob("*/*/results.json")]):
-        with contextlib.suppress(UserError):            # no checkpoint beside it, or a damaged one
-            content = read(file) and common.load_checkpoint(file.parent)
-            if content and {"recipe", "args", "steps"} <= content.keys():
-                found[file.parent] = {key: content[key] for key in ("method", "step", "steps", "args", "recipe", "version")}
-    return found
+@functools.lru_cache(None)
+def sizes(folder):
+    """Of a finished run {measure: number}. The parameters trained are those that the optimiser has moments
+    of: neither the teacher nor a buffer is among them."""
+    moments = common.load_checkpoint(folder)["optimizer"]["state"].values()
+    vit = common.load_encoder(folder).vit
+    tokens = {f"{modality} tokens of a clip": vit.num(modality) for modality in vit.grids}
+    return {"parameters of the encoder": sum(p.numel() for p in vit.parameters()),
+            "parameters trained": sum(moment["exp_avg"].numel() for moment in moments),
+            **tokens}
 
 
-def same_run(content, command):
-    """Whether a checkpoint is the end of the run that the command asks for, wherever its folder is."""
-    args, recipe = asked(command)
-    before = content["recipe"]
-    # steps (of --epochs) and schedule: None in get_args, and settled in main
-    other = [key for key in {**before, **recipe} if before.get(key) != recipe.get(key)
-             and not (key in ("steps", "schedule") and recipe.get(key) is None)]
-    other += [key for key in ("init",) if content["args"].get(key) != getattr(args, key, None)]             # weights of another run
-    there = args.data_dir is None or Path(content["args"]["data_dir"] or data.toy_folder()).resolve() == Path(args.data_dir).resolve()
-    return content["method"] == command[0].removesuffix(".py") and content["step"] == content["steps"] and not other and there
+def step_times(log):
+    """(median seconds a step, minutes of all steps) by the rows of a log.jsonl, each of which holds the
+    milliseconds of the steps since the row before; of no rows (None, None)."""
+    if not log:
+        return None, None
+    before = -1
+    total = 0.0
+    for row in log:
+        total += row["ms_step"] * (row["step"] - before)
+        before = row["step"]
+    return statistics.median(row["ms_step"] for row in log) / 1e3, total / 6e4
 
 
-def take_finished(runs, out):
-    """Put a finished run of the same recipe, where one lies elsewhere, in the place of each that is not finished, and say so."""
-    wanting = [run for run in runs if asked(run["command"]) and not finished(run)]
-    found = elsewhere(out) if wanting else {}
-    for run in wanting:
-        folder = next((folder for folder, content in found.items() if same_run(content, run["command"])), None)
-        if folder:
-            begun = read(folder / "command.json") or {}
-            run.update(folder=folder, taken=begun.get("versions") or [found[folder]["version"]])
-            print(f"{run['row']}, seed {run['seed']}: takes {folder}, which is finished", flush=True)
+def measures(run, results):
+    """What results.json lacks: {"attentive": {trained or untrained: {modality: top-1}}, "run": {measure:
+    value}}."""
+    table = {"trained": {}, "untrained": {}}
+    rows = probed(run)
+    for row in rows.values():
+        table[row["baseline"] or "trained"][row["modality"]] = row["value"]
+    seconds, minutes = step_times(read_log(run["folder"]))
+    values = {**sizes(run["folder"]), "seconds a step": seconds, "minutes of training": minutes}
+    if "seconds" in results:
+        values["minutes of evaluation"] = results["seconds"] / 60
+    if len(rows) == len(run["probes"]):
+        values["minutes of attentive probes"] = sum(row["seconds"] for row in rows.values()) / 60
+    return {"attentive": table, "run": values}
 
 
-def execute(run, command):
-    """Run a command of a run to its end; its output goes into the run's own folder. Returns the exit code."""
-    run["own"].mkdir(parents=True, exist_ok=True)
-    if command == run["command"]:
-        before = read(run["folder"] / "command.json") if (run["folder"] / "latest.pt").is_file() else None
-        versions = dict.fromkeys([*(before["versions"] if before else []), code_version()])     # of all that trained it
-        content = json.dumps({"command": run["command"], "versions": list(versions)})
-        replace_file(run["folder"] / "command.json", lambda f: f.write(content.encode()))
-    with open(run["own"] / "output.txt", "ab") as output:
-        script, *flags = command
-        process = subprocess.Popen([sys.executable, str(Path(__file__).parent / script), *flags], stdout=output, stderr=output)
+# ----------------------------------------------------------------------------------------------------------
+# Run it
+# ----------------------------------------------------------------------------------------------------------
+
+def launch(run, step):
+    """Run a step of a run to its end; its output goes into the run's folder. Returns the exit code."""
+    script, *flags = run["command"] if step == TRAIN else run["probes"][step]
+    with open(run["folder"] / "output.txt", "ab") as output:
+        command = [sys.executable, str(Path(__file__).parent / script), *flags]
+        process = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             return process.wait()
         except BaseException:                           # Ctrl-C reached it as well: it saves, then ends
@@ -247,193 +276,296 @@ def execute(run, command):
             raise
 
 
+def train(run):
+    """Begin a run, or go on with it. Returns the exit code."""
+    run["folder"].mkdir(parents=True, exist_ok=True)
+    versions = []                                       # of the code, of all that trained it
+    if (run["folder"] / "latest.pt").is_file():
+        versions = read(run["folder"] / "command.json")["versions"]
+    versions = list(dict.fromkeys([*versions, code_version()]))
+    (run["folder"] / "probes.json").unlink(missing_ok=True)                     # of a training before
+    write(run["folder"] / "command.json", {"command": run["command"], "versions": versions})
+    return launch(run, TRAIN)
+
+
+def probe_run(run, step):
+    """Probe a finished run, and keep the row that this wrote. Returns the exit code."""
+    file = run["folder"] / "probe.jsonl"
+    before = file.stat().st_size if file.is_file() else 0
+    code = launch(run, step)
+    if code == 0 and file.is_file() and file.stat().st_size > before:
+        row = json.loads(file.read_text().splitlines()[-1])
+        write(run["folder"] / "probes.json", {**probed(run), step: row})
+    return code
+
+
+def name_of(run, step):
+    """What the screen calls a step of a run."""
+    name = f"{run['row']}, seed {run['seed']}"
+    if step == TRAIN:
+        return name
+    args = probe.get_args(run["probes"][step][1:])
+    return f"{name}, {args.probe} probe, {args.modality}, {args.baseline or 'trained'}"
+
+
+def show_left(run, steps):
+    """Name what is left of a run."""
+    if steps[0] == TRAIN:                               # the probes' lines would be many
+        then = f", then {len(steps) - 1} probes of it" if len(steps) > 1 else ""
+        print(f"  left: {name_of(run, TRAIN)}: {shlex.join(run['command'])}{then}", flush=True)
+        return
+    for step in steps:
+        print(f"  left: {name_of(run, step)}: {shlex.join(run['probes'][step])}", flush=True)
+
+
+def new_values(experiment, run, before):
+    """The values, for the screen, that a run has and had not `before`; of those that the picture shows, if
+    there are any."""
+    cells = tabulate(experiment, [run])[run["row"]]
+    shown = []
+    for _, columns, _ in panels_of(experiment).values():
+        shown += columns
+    new = [column for column in cells if column not in before]
+    new = [column for column in new if column in shown] or new
+    return ", ".join(f"{column} {number(experiment, column, cells[column]['mean'])}" for column in new)
+
+
+def run_all(experiment, jobs):
+    """Run the jobs [(run, step)] one after the other, and say how each ends. Returns the runs that did not
+    finish."""
+    began = time.time()
+    failed = []
+    for done, (run, step) in enumerate(jobs, 1):
+        if run in failed and not finished(run):         # it failed in training: there is nothing to probe
+            continue
+        clock = time.time()
+        before = tabulate(experiment, [run]).get(run["row"], {})
+        code = train(run) if step == TRAIN else probe_run(run, step)
+        if code or step in missing(run):
+            if run not in failed:
+                failed.append(run)
+            how = f"failed (exit code {code})" if code else "was stopped before its end"
+            print(f"{name_of(run, step)} {how}: see {run['folder']}/output.txt", flush=True)
+            continue
+        left = len(jobs) - done
+        rest = (time.time() - began) / done * left
+        print(f"{name_of(run, step)}: {new_values(experiment, run, before)} ({time.time() - clock:.0f} s; "
+              f"{left} runs left, about {rest / 60:.0f} min)", flush=True)
+    return failed
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The table and the picture
+# ----------------------------------------------------------------------------------------------------------
+
+def look_up(results, path):
+    """The value at a path (keys with a slash between them), or None."""
+    for key in path.split("/"):
+        results = (results or {}).get(key)
+    return results
+
+
 def spread(values):
     """(mean, standard deviation of the sample, None for a single value)."""
     mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 def tabulate(experiment, runs):
-    """{row: {column: {mean, std, values by seed}}} of what is finished; a column that the runs of a row lack is left out."""
+    """{row: {column: {mean, std, values by seed}}} of what is finished; a column that the runs of a row
+    lack is left out."""
     table = {}
     for run in runs:
         results = finished(run)
-        if results:
-            cells = table.setdefault(run["row"], {})
-            for column, keys in experiment["columns"].items():
-                value = functools.reduce(lambda part, key: (part or {}).get(key), keys, results)
-                if value is not None:
-                    cells.setdefault(column, {"values": {}})["values"][run["seed"]] = value
-    for row in table.values():
-        for cell in row.values():
-            cell["mean"], cell["std"] = spread(list(cell["values"].values()))
+        if not results:
+            continue
+        cells = table.setdefault(run["row"], {})
+        for column, path in experiment["columns"].items():
+            value = look_up(results, path)
+            if value is not None:
+                cell = cells.setdefault(column, {"values": {}})
+                cell["values"][run["seed"]] = value
+                cell["mean"], cell["std"] = spread(list(cell["values"].values()))
     return table
 
 
+def format_of(experiment, column):
+    return experiment.get("formats", {}).get(column, "")
+
+
 def number(experiment, column, value):
-    return format(value, experiment.get("formats", {}).get(column, ".1f"))
+    return format(value, format_of(experiment, column) or ".1f")
+
+
+def cell_text(experiment, column, cell):
+    """Mean ± standard deviation over the seeds, and of percentages the single values."""
+    mean = number(experiment, column, cell["mean"])
+    if cell["std"] is None or "," in format_of(experiment, column):
+        return mean
+    text = f"{mean} ± {number(experiment, column, cell['std'])}"
+    if format_of(experiment, column):
+        return text
+    values = [number(experiment, column, value) for value in cell["values"].values()]
+    return f"{text} ({', '.join(values)})"
 
 
 def markdown(experiment, table):
-    """The table as Markdown: mean ± standard deviation over the seeds, and the single values of percentages; – where a row has none. An
-    experiment with panels has many measures: there the rows are its columns."""
-    def text(column, cell):
-        write, style = functools.partial(number, experiment, column), experiment.get("formats", {}).get(column, "")
-        if cell["std"] is None or "," in style:
-            return write(cell["mean"])
-        return f"{write(cell['mean'])} ± {write(cell['std'])}" + ("" if style else f" ({', '.join(map(write, cell['values'].values()))})")
-
+    """The table as Markdown; – where a row has no such value. An experiment with panels has many measures:
+    there the rows are its columns."""
     lines = [["", *experiment["columns"], "seeds"]]
     for row, cells in table.items():
-        texts = [text(column, cells[column]) if column in cells else "–" for column in experiment["columns"]]
-        seeds = dict.fromkeys(str(seed) for cell in cells.values() for seed in cell["values"])
-        lines.append([row, *texts, ", ".join(seeds)])
-    lines = list(zip(*lines)) if "panels" in experiment else lines
-    lines.insert(1, None)
-    return "".join("|---" * len(lines[0]) + "|\n" if line is None else "".join(f"| {cell} " if cell else "| " for cell in line) + "|\n"
-                   for line in lines)
+        line = [row]
+        seeds = {}
+        for column in experiment["columns"]:
+            cell = cells.get(column)
+            line.append(cell_text(experiment, column, cell) if cell else "–")
+            seeds.update(cell["values"] if cell else {})
+        lines.append([*line, ", ".join(map(str, seeds))])
+    if "panels" in experiment:
+        lines = list(zip(*lines))
+    rule = "|---" * len(lines[0]) + "|"
+    texts = ["| " + " | ".join(line) + " |" for line in lines]
+    texts.insert(1, rule)
+    return "\n".join(texts).replace("|  |", "| |") + "\n"
 
 
-def bar(ax, x, width, cell, c, columns, label):
-    """A bar for the mean, a line for one standard deviation, a dot for each seed; c: which of so many columns, by its grey and hatch."""
-    ax.bar(x, cell["mean"], 0.9 * width, color=str(0.45 + 0.45 * c / columns), hatch=("", "//", "..")[c % 3], edgecolor="k",
+def panels_of(experiment):
+    """{title: (unit, columns, the column of chance)}; one for all columns where the experiment names none."""
+    columns = [column for column in experiment["columns"] if not column.endswith(", untrained")]
+    return experiment.get("panels", {"": ("percent", columns, None)})
+
+
+def draw_bar(ax, x, width, cell, shade, label):
+    """A bar for the mean, a line for one standard deviation, a dot for each seed. shade: (number of the
+    column, how many there are), which its grey and its hatch tell."""
+    column, columns = shade
+    grey = str(0.45 + 0.45 * column / columns)
+    ax.bar(x, cell["mean"], 0.9 * width, color=grey, hatch=("", "//", "..")[column % 3], edgecolor="k",
            yerr=cell["std"] or 0, capsize=4, label=label)
     ax.plot([x] * len(cell["values"]), cell["values"].values(), "ko", ms=4, mfc="w")
 
 
-def draw(experiment, table, path):
-    """table.png: the columns side by side, for each row."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    columns, rows = list(experiment["columns"]), list(table)
-    fig, ax = plt.subplots(figsize=(1.6 + 1.6 * len(rows), 4.2))
-    width = 0.8 / len(columns)
-    for c, column in enumerate(columns):
-        there = [row for row in rows if column in table[row]]
-        for row in there:
-            cell, x = table[row][column], rows.index(row) + (c - (len(columns) - 1) / 2) * width
-            bar(ax, x, width, cell, c, len(columns), column if row == there[0] else None)
-    ax.set(xticks=range(len(rows)), ylabel="percent", title="\n".join(experiment["title"].split(": ")))
-    ax.set_xticklabels(rows)
-    ax.set_ylim(top=1.2 * ax.get_ylim()[1])             # room for the legend
-    ax.legend(loc="upper right", ncol=len(columns))
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+def draw_level(ax, x, width, cell):
+    """A thick line over a bar where the untrained encoder stands."""
+    ends = [x - 0.45 * width, x + 0.45 * width]
+    level = [cell["mean"], cell["mean"]]
+    ax.plot(ends, level, "w-", lw=6, solid_capstyle="butt", zorder=1.5)     # to be seen on the darkest bar
+    ax.plot(ends, level, "k-", lw=3, solid_capstyle="butt", zorder=1.6, label="untrained")
 
 
-def draw_panels(experiment, table, path):
-    """table.png of an experiment with panels: one for each, with a thick line over a bar where the untrained encoder stands."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, 2, figsize=(14, 9))
-    for ax, (title, (unit, columns, chance)) in zip(axes.flat, experiment["panels"].items()):
-        width = 0.8 / max(2, len(columns))
-        for r, cells in enumerate(table.values()):
-            for c, column in enumerate(columns):
-                x = r + (c - (len(columns) - 1) / 2) * width
-                if column in cells:
-                    bar(ax, x, width, cells[column], c, len(columns), column.split(", ")[-1])
-                if f"{column}, untrained" in cells:
-                    level, ends = 2 * [cells[f"{column}, untrained"]["mean"]], [x - 0.45 * width, x + 0.45 * width]
-                    ax.plot(ends, level, "w-", lw=6, solid_capstyle="butt", zorder=1.5)         # to be seen on the darkest bar as well
-                    ax.plot(ends, level, "k-", lw=3, solid_capstyle="butt", zorder=1.6, label="untrained")
-        levels = [cells[chance]["mean"] for cells in table.values() if chance in cells]
-        if levels:
-            ax.axhline(statistics.mean(levels), color="k", ls="--", lw=1, label="chance")
-        ax.set(xticks=range(len(table)), ylabel=unit, title=title, xlim=(-0.5, len(table) - 0.5), ylim=(0, 1.25 * ax.get_ylim()[1]))
-        ax.set_xticklabels(table)
-        if "percent" in unit and ax.get_ylim()[1] > 100:
-            ax.set_yticks(range(0, 101, 20))
-        labels = dict(zip(*ax.get_legend_handles_labels()[::-1]))                   # each name once
-        if len(columns) > 1 and labels:
-            ax.legend(labels.values(), labels, loc="upper center", ncol=len(labels), fontsize=9, columnspacing=1)
-    fig.suptitle(experiment["title"] + "\nbars: mean over the seeds, whiskers: one standard deviation, dots: the seeds")
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+def draw_panel(ax, table, unit, columns, chance):
+    """The columns side by side for each row."""
+    width = 0.8 / max(2, len(columns))
+    for r, cells in enumerate(table.values()):
+        for c, column in enumerate(columns):
+            x = r + (c - (len(columns) - 1) / 2) * width
+            if column in cells:
+                label = column.split(", ")[-1]
+                draw_bar(ax, x, width, cells[column], (c, len(columns)), label)
+            if f"{column}, untrained" in cells:
+                draw_level(ax, x, width, cells[f"{column}, untrained"])
+    levels = [cells[chance]["mean"] for cells in table.values() if chance in cells]
+    if levels:
+        ax.axhline(statistics.mean(levels), color="k", ls="--", lw=1, label="chance")
+    top = ax.get_ylim()[1]
+    ax.set(ylabel=unit, xlim=(-0.5, len(table) - 0.5), ylim=(0, 1.25 * top))    # room for the legend
+    ax.set_xticks(range(len(table)), [textwrap.fill(row, 18) for row in table])
+    if "percent" in unit and 1.25 * top > 100:
+        ax.set_yticks(range(0, 101, 20))
+    handles, labels = ax.get_legend_handles_labels()
+    handles = dict(zip(labels, handles))                # each name once
+    if len(columns) > 1 and handles:
+        ax.legend(handles.values(), handles, loc="upper center", ncol=len(handles), fontsize=9,
+                  columnspacing=1)
 
 
-def called(run, command):
-    """What the screen calls a command of a run."""
-    if command == run["command"]:
-        return f"{run['row']}, seed {run['seed']}"
-    args = probe.get_args(command[1:])
-    return f"{run['row']}, seed {run['seed']}, {args.probe} probe, {args.modality}, {args.baseline or 'trained'}"
+def draw(experiment, table):
+    """The picture: the panels, two side by side."""
+    panels = panels_of(experiment)
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / 2)
+    width = across * (1.4 + 1.4 * len(table))
+    fig = Figure(figsize=(width, 4.5 * down), layout="tight")
+    axes = fig.subplots(down, across, squeeze=False)
+    for ax, (title, panel) in zip(axes.flat, panels.items()):
+        draw_panel(ax, table, *panel)
+        ax.set_title(title)
+    legend = "bars: mean over the seeds, whiskers: one standard deviation, dots: the seeds"
+    lines = [textwrap.fill(line, int(12 * width)) for line in (experiment["title"], legend)]
+    fig.suptitle("\n".join(lines), fontsize=10)
+    return fig
 
 
-def describe_left(run, commands):
-    """The lines that name what is left of a run."""
-    if commands[0] == run["command"]:                   # the probes' lines would be many
-        then = f", then {len(commands) - 1} probes of it" if len(commands) > 1 else ""
-        return f"\n  left: {called(run, commands[0])}: {shlex.join(commands[0])}{then}"
-    return "".join(f"\n  left: {called(run, command)}: {shlex.join(command)}" for command in commands)
+def write_table(experiment, table, runs, flags, out):
+    """Write table.json, table.md and table.png of what is finished, and show the table."""
+    versions = set()
+    for run in runs:
+        results = finished(run)
+        versions.update(results["versions"] if results else [])
+    write(out / "table.json", {
+        "title": experiment["title"], "commands": experiment["rows"],
+        "flags": [*shlex.split(experiment["flags"]), *flags], "versions": sorted(versions), "rows": table})
+    text = markdown(experiment, table)
+    (out / "table.md").write_text(text)
+    draw(experiment, table).savefig(out / "table.png", dpi=110)
+    print(f"\n{experiment['title']}\n\n{text}\n{out}/table.md, table.json, table.png")
+    if len(versions) > 1:
+        print(f"the runs are of different versions of the code: {', '.join(sorted(versions))}")
 
 
-def brought(experiment, run, before):
-    """The values, for the screen, that a run has more of than it had; of those that the picture shows, if there are any."""
-    cells = tabulate(experiment, [run])[run["row"]]
-    shown = [column for _, columns, _ in experiment.get("panels", {}).values() for column in columns]
-    new = [column for column in cells if column not in before]
-    return ", ".join(f"{column} {number(experiment, column, cells[column]['mean'])}"
-                     for column in [column for column in new if column in shown] or new)
+# ----------------------------------------------------------------------------------------------------------
 
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+def get_args(argv=None):
+    """(args, flags that are not ours, for each run)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("experiment", choices=tuple(EXPERIMENTS))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--out", help="folder of its runs, table and picture (default: runs/EXPERIMENT)")
     add("--dry-run", action="store_true", help="show what is finished and what is left, and run nothing")
+    add("--data-dir", help="of each run and its probes: folder with the clips")
+    add("--workers", help="of each run and its probes: processes that decode")
+    add("--device", help="of each run and its probes: auto, cpu, mps or cuda")
     args, extra = parser.parse_known_args(argv)
     for word in extra:
-        if word.split("=")[0] in ("--data", "--fresh", "--resume"):
+        if word.split("=")[0] in ("--data", "--fresh", "--resume", "--seed"):
             raise UserError(f"{word}: an experiment decides that itself; leave it out")
-    experiment, out = EXPERIMENTS[args.experiment], Path(args.out or f"runs/{args.experiment}")
-    runs = plan(experiment, dict.fromkeys(args.seeds), out, extra)
-    take_finished(runs, out)
-    left = [(run, commands) for run in runs if (commands := missing(run))]
-    print(f"{args.experiment}: {len(runs) - len(left)} of {len(runs)} runs finished" + "".join(
-        describe_left(run, commands) for run, commands in left), flush=True)
+    return args, extra
+
+
+def main(argv=None):
+    args, extra = get_args(argv)
+    given = []
+    for flag, value in ("--data-dir", args.data_dir), ("--workers", args.workers), ("--device", args.device):
+        if value is not None:
+            given += [flag, value]
+    experiment = EXPERIMENTS[args.experiment]
+    out = Path(args.out or f"runs/{args.experiment}")
+    runs = plan(experiment, args.seeds, out, given, extra)
+    left = [(run, missing(run)) for run in runs]
+    left = [(run, steps) for run, steps in left if steps]
+    print(f"{args.experiment}: {len(runs) - len(left)} of {len(runs)} runs finished", flush=True)
+    jobs = []
+    for run, steps in left:
+        show_left(run, steps)
+        jobs += [(run, step) for step in steps]
     if args.dry_run:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
-    began, failed, jobs = time.time(), [], [(run, command) for run, commands in left for command in commands]
-    for done, (run, command) in enumerate(jobs, 1):
-        if run in failed and not finished(run):         # it failed in training: there is nothing to probe
-            continue
-        clock, before = time.time(), tabulate(experiment, [run]).get(run["row"], {})
-        code = execute(run, command)
-        if code or command in missing(run):
-            failed += [run] if run not in failed else []
-            how = f"failed (exit code {code})" if code else "was stopped before its end"
-            print(f"{called(run, command)} {how}: see {run['own']}/output.txt", flush=True)
-            continue
-        rest = (time.time() - began) / done * (len(jobs) - done)
-        print(f"{called(run, command)}: {brought(experiment, run, before)} ({time.time() - clock:.0f} s; {len(jobs) - done} runs left, "
-              f"about {rest / 60:.0f} min)", flush=True)
+    failed = run_all(experiment, jobs)
     table = tabulate(experiment, runs)
     if not table:
         raise UserError(f"no run of {args.experiment} has finished; the reason stands in {out}/*/output.txt")
-    versions = sorted({version for results in map(finished, runs) if results for version in results["versions"]})
-    content = {"title": experiment["title"], "commands": experiment["rows"], "flags": [*shlex.split(experiment["flags"]), *extra],
-               "versions": versions, "rows": table}
-    taken = {str(run["own"]): str(run["folder"]) for run in runs if "taken" in run}
-    content.update({"taken": taken} if taken else {})
-    (out / "table.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(experiment, table))
-    (draw_panels if "panels" in experiment else draw)(experiment, table, out / "table.png")
-    print(f"\n{experiment['title']}\n\n{markdown(experiment, table)}\n{out}/table.md, table.json, table.png")
-    if len(versions) > 1:
-        print(f"the runs are of different versions of the code: {', '.join(versions)}")
+    write_table(experiment, table, runs, [*given, *extra], out)
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs did not finish, their rows lack them; the same command tries them again")
+        raise UserError(f"{len(failed)} of {len(runs)} runs did not finish, their rows lack them; the same "
+                        "command tries them again")
 
 
 if __name__ == "__main__":

@@ -410,21 +410,21 @@ def draw_mel(ax, mel, inputs):
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=run.Help)
-    add = parser.add_argument
-    add("--ckpt", required=True, help="folder of a run, or its latest.pt")
-    add("--data", required=True, help=", ".join(data.SETS))
-    add("--data-dir", help="folder with the clips and the csv files")
-    add("--decode", choices=("together", "apart"), default="together",
+    add_data, add_run, add_method, _ = run.flag_groups(parser)
+    add_data("--data", required=True, help=", ".join(data.SETS))
+    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
+    add_run("--ckpt", required=True, help="folder of a run, or its latest.pt")
+    add_run("--seed", type=int, default=0, help="of the decoder's start, views, masks and the clips drawn")
+    add_method("--decode", choices=("together", "apart"), default="together",
         help="each patch from all tokens (as in the paper), or the hidden ones from predicted tokens alone, "
         "so that the decoder cannot fill them in by itself")
-    add("--modality", choices=tuple(MODALITIES), help="default: all that the encoder takes and the set has")
-    add("--baseline", choices=("untrained",), help="instead of the trained model: as it was initialised")
-    add("--epochs", type=int, help="default: 1,000 steps, whatever the set")
-    add("--batch-size", type=int, help="default: 16, or all clips of a smaller set")
-    add("--lr", type=float, default=1e-3, help="of the decoder")
-    add("--workers", type=int, help="processes that decode")
-    add("--device", default="auto", help="auto, cpu, mps or cuda")
-    add("--seed", type=int, default=0, help="of the decoder's start, views, masks and the clips drawn")
+    add_method("--modality", choices=tuple(MODALITIES),
+        help="default: all that the encoder takes and the set has")
+    add_method("--baseline", choices=("untrained",),
+        help="instead of the trained model: as it was initialised; default: none")
+    add_method("--epochs", type=int, help="default: 1,000 steps, whatever the set")
+    add_method("--batch-size", type=int, help="default: 16, or all clips of a smaller set")
+    add_method("--lr", type=float, default=1e-3, help="of the decoder")
     args = parser.parse_args(argv)
     ranges = ("epochs", "batch_size", "lr", "workers", "seed")
     probe.check_ranges(args, {name: probe.RANGES[name] for name in ranges})

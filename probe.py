@@ -870,49 +870,51 @@ def check_needs(parser, args):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=run.Help)
-    add = parser.add_argument
-    add("--ckpt", required=True, help="folder of a run, or its latest.pt")
-    add("--data", required=True, help=", ".join(data.SETS))
-    add("--data-dir", help="folder with the clips and the csv files")
-    add("--probe", choices=PROBES, default="linear")
-    add("--head", choices=tuple(HEADS),
+    add_data, add_run, add_method, _ = run.flag_groups(parser)
+    add_data("--data", required=True, help=", ".join(data.SETS))
+    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
+    add_data("--split", choices=("train", "test", "all"), help="of --save-features; default: all")
+    add_run("--ckpt", required=True, help="folder of a run, or its latest.pt")
+    add_run("--seed", type=int, default=0)
+    add_run("--save-features", metavar="OUT.npz",
+        help="instead of a probe: write the features of the clips; default: none")
+    add_run("--patch-level", action="store_true",
+        help="of --save-features: the tokens too; all must fit into memory")
+    add_method("--probe", choices=PROBES, default="linear",
+        help="a head on the frozen clip embedding, on the frozen tokens, or all of it trained")
+    add_method("--head", choices=tuple(HEADS),
         help="of --probe finetune and attentive; blocks: attentive (one query) behind four blocks; default: "
         "the method's")
-    add("--modality", choices=tuple(MODALITIES), help="default: all that the encoder takes and the set has")
-    add("--baseline", choices=("untrained", "raw"),
-        help="instead of the trained encoder: as it was initialised, or the input itself")
-    add("--encoder", choices=("context", "target"),
+    add_method("--modality", choices=tuple(MODALITIES),
+        help="default: all that the encoder takes and the set has")
+    add_method("--baseline", choices=("untrained", "raw"),
+        help="instead of the trained encoder: as it was initialised, or the input itself; default: none")
+    add_method("--encoder", choices=("context", "target"),
         help="of a method that has both; default: the one that it evaluates")
-    add("--layers", type=int, nargs="+",
+    add_method("--layers", type=int, nargs="+",
         help="blocks, from 0, whose outputs are put side by side; default: the last one's alone")
-    add("--absent", choices=("zero", "drop"), help="if other than in training")
-    add("--seconds", type=float,
+    add_method("--absent", choices=("zero", "drop"), help="of a modality; default: as in training")
+    add_method("--seconds", type=float,
         help="length of a view of sound; default: the encoder's, or the clips' where they are all shorter")
-    add("--epochs", type=int, help="default: 15 frozen (and at least 2,000 steps); fine-tuned the method's")
-    add("--batch-size", type=int,
-        help="default: 512 frozen (an eighth of a small set; 32 with blocks), 64 fine-tuned")
-    add("--lr", type=float, nargs="+",
-        help="tried on held-out clips of train; default: the method's; of another head 1e-3 1e-2 1e-1 1, "
-        "with blocks 1e-4 3e-4 1e-3 3e-3")
-    add("--encoder-lr", type=float, help="of the encoder in fine-tuning; default: the method's")
-    add("--regularised-masking", type=float, default=0.0, metavar="SHARE",
-        help="fine-tuning: share of the tokens that may not attend with their own score (paper of A-JEPA: "
-        "0.1)")
-    add("--views", type=int,
+    add_method("--views", type=int,
         help="test views that are averaged; default: 1 where a view holds each whole clip, else the set's "
         "own number, else the method's")
-    add("--crops", type=int, choices=tuple(data.CROPS),
+    add_method("--crops", type=int, choices=tuple(data.CROPS),
         help="crops of each test view: the centre, or also both ends of the longer side; default: the set's "
         "own number for its pictures, else 1")
-    add("--save-features", metavar="OUT.npz", help="instead of a probe: write the features of the clips")
-    add("--split", choices=("train", "test", "all"), help="of --save-features; default: all")
-    add("--patch-level", action="store_true",
-        help="of --save-features: the tokens too; all must fit into memory")
-    add("--cache-gb", type=float,
+    add_method("--epochs", type=int,
+        help="default: 15 frozen (and at least 2,000 steps); fine-tuned the method's")
+    add_method("--batch-size", type=int,
+        help="default: 512 frozen (an eighth of a small set; 32 with blocks), 64 fine-tuned")
+    add_method("--lr", type=float, nargs="+",
+        help="tried on held-out clips of train; default: the method's; of another head 1e-3 1e-2 1e-1 1, "
+        "with blocks 1e-4 3e-4 1e-3 3e-3")
+    add_method("--encoder-lr", type=float, help="of the encoder in fine-tuning; default: the method's")
+    add_method("--regularised-masking", type=float, default=0.0, metavar="SHARE",
+        help="fine-tuning: share of the tokens that may not attend with their own score (paper of A-JEPA: "
+        "0.1)")
+    add_method("--cache-gb", type=float,
         help="an attentive probe caches its tokens up to this size, else it decodes anew; default: 4")
-    add("--workers", type=int, help="processes that decode")
-    add("--device", default="auto", help="auto, cpu, mps or cuda")
-    add("--seed", type=int, default=0)
     return parser
 
 

@@ -277,25 +277,24 @@ def query(encoder, file, folder, top, views, workers, process, embedding=None, s
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=run.Help)
-    add = parser.add_argument
     both = [name for name, data_set in data.SETS.items() if len(data_set.has) == 2]
-    add("--ckpt", required=True, help="folder of a run, or its latest.pt")
-    add("--data", help=", ".join(both))
-    add("--data-dir", help="folder with the clips and the csv files")
-    add("--clips", default="5", help="all, a number of clips for each class, or a file with ids")
-    add("--views", type=int, default=4, help="random views of a clip that are averaged")
-    add("--embedding", choices=("predicted", "projected", "encoder"),
+    add_data, add_run, add_method, _ = run.flag_groups(parser)
+    add_data("--data", help=f"{', '.join(both)} (default: none, with --query)")
+    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
+    add_data("--clips", default="5", help="all, a number of clips for each class, or a file with ids")
+    add_data("--query", help="a sound or a video: list its best matches in --folder (default: none)")
+    add_data("--folder", help="folder that is searched with --query (default: none)")
+    add_run("--ckpt", required=True, help="folder of a run, or its latest.pt")
+    add_run("--seed", type=int, default=0, help="of the choice of clips and of the views")
+    add_method("--embedding", choices=("predicted", "projected", "encoder"),
         help="predicted: L1 between what one modality predicts of the other and what that is; projected: "
         "cosine after the projector; encoder: cosine of CLS or the mean of the tokens; default: the first of "
         "them that the checkpoint has")
-    add("--untrained", action="store_true", help="the same encoder as it was initialised, for comparison")
-    add("--absent", choices=("zero", "drop"), help="if other than in training")
-    add("--query", help="a sound or a video: list its best matches in --folder")
-    add("--folder", help="folder that is searched with --query")
-    add("--top", type=int, default=10, help="matches to list")
-    add("--workers", type=int, help="processes that decode")
-    add("--device", default="auto", help="auto, cpu, mps or cuda")
-    add("--seed", type=int, default=0, help="of the choice of clips and of the views")
+    add_method("--views", type=int, default=4, help="random views of a clip that are averaged")
+    add_method("--top", type=int, default=10, help="matches to list")
+    add_method("--untrained", action="store_true",
+        help="the same encoder as it was initialised, for comparison")
+    add_method("--absent", choices=("zero", "drop"), help="of a modality; default: as in training")
     args = parser.parse_args(argv)
     if bool(args.query) == bool(args.data) or bool(args.query) != bool(args.folder):
         raise UserError("give either --data SET, or --query FILE with --folder DIR")

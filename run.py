@@ -715,42 +715,47 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def flag_groups(parser):
+    """The add_argument of the groups of --help, in the order of all scripts: data, run, method, machine. The
+    last has its --device and --workers."""
+    names = ("data", "run", "method", "machine")
+    groups = [parser.add_argument_group(name).add_argument for name in names]
+    groups[-1]("--device", default="auto", help="auto, cpu, mps or cuda")
+    groups[-1]("--workers", type=int, help="processes that decode (default: by the cores)")
+    return groups
+
+
 def make_parser(doc, name):
-    """A parser with the flags that all methods share, with the same meaning, and the add_argument of its group
-    for the method's own. doc: the script's; name: of the method."""
+    """A parser with the flags that all methods share, with the same meaning, and the add_argument of its
+    group "method". doc: the script's; name: of the method."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=Help)
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="toy", help=", ".join(data.SETS))
-    add("--data-dir",
-        help="folder with the clips and the csv files (default: none; toy: in cache/, where it is written)")
-    add("--max-bad", type=float, default=0.1,
+    add_data, add_run, add_method, add_machine = flag_groups(parser)
+    add_data("--data", default="toy", help=", ".join(data.SETS))
+    add_data("--data-dir",
+        help="folder with the clips and the csv files (default: none; toy: in cache/)")
+    add_data("--max-bad", type=float, default=0.1,
         help="stop when more than this share of the clips does not decode")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", help=f"folder of the run (default: runs/{name}-DATA-seedSEED)")
-    add("--seed", type=int, default=0, help="of initial weights, order, views and masks")
-    add("--steps", type=int, help="optimiser steps, instead of --epochs (default: the recipe's)")
-    add("--epochs", type=float, help="passes over the data (default: the recipe's)")
-    add("--batch-size", type=int, help="clips a step, over all processes (default: the recipe's)")
-    add("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")
-    add("--lr", type=float, help="peak learning rate (default: the recipe's)")
-    add("--resume", default="auto", metavar="auto|FILE",
+    add_run("--out", help=f"folder of the run (default: runs/{name}-DATA-seedSEED)")
+    add_run("--seed", type=int, default=0, help="of initial weights, order, views and masks")
+    add_run("--steps", type=int, help="optimiser steps, instead of --epochs (default: the recipe's)")
+    add_run("--epochs", type=float, help="passes over the data (default: the recipe's)")
+    add_run("--batch-size", type=int, help="clips a step, over all processes (default: the recipe's)")
+    add_run("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")
+    add_run("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    add_run("--resume", default="auto", metavar="auto|FILE",
         help="auto goes on from --out; or a checkpoint of the same recipe")
-    add("--fresh", action="store_true", help="start over, whatever lies in --out")
-    add("--log-every", type=int, default=10, help="steps between two rows of the log")
-    add("--save-every", type=int, default=500, help="steps between two checkpoints")
-    method = parser.add_argument_group("method").add_argument
-    method("--recipe", choices=COLUMNS,
-           help="values of the table at the top (default: toy for --data toy, else paper)")
-    method("--size", help=f"ViT: {', '.join(common.SIZES)} (default: the recipe's)")
-    method("--seconds", type=float,
-           help="length of a view; where the pictures are shorter, of its sound (default: the recipe's)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, mps or cuda")
-    add("--workers", type=int, help="processes that decode, for each that trains (default: by the cores)")
-    add("--compile", action="store_true", help="torch.compile the encoder")
-    add("--checkpoint-activations", action="store_true",
+    add_run("--fresh", action="store_true", help="start over, whatever lies in --out")
+    add_run("--log-every", type=int, default=10, help="steps between two rows of the log")
+    add_run("--save-every", type=int, default=500, help="steps between two checkpoints")
+    add_method("--recipe", choices=COLUMNS,
+        help="values of the table at the top (default: toy for --data toy, else paper)")
+    add_method("--size", help=f"ViT: {', '.join(common.SIZES)} (default: the recipe's)")
+    add_method("--seconds", type=float,
+        help="length of a view; where the pictures are shorter, of its sound (default: the recipe's)")
+    add_machine("--compile", action="store_true", help="torch.compile the encoder")
+    add_machine("--checkpoint-activations", action="store_true",
         help="less memory: the backward pass computes each block again")
-    return parser, method
+    return parser, add_method
 
 
 def recipe_column(args):

@@ -576,8 +576,8 @@ def attention_on_toy(args, trained, process, workers):
     for name, values in heads.items():
         print(f"sounding, by each head, {name}: " + "  ".join(f"{value:.1f}" for value in values))
     add_row(args, {"what": "attention", "data": "toy", "layer": block, "percent": table, "heads": heads,
-                   "N": len(index), "of two": two, "grid": list(vit.grids["video"]), "step": trained.step,
-                   "seconds": round(time.time() - began, 1)})
+        "N": len(index), "of two": two, "grid": list(vit.grids["video"]), "step": trained.step,
+        "seconds": round(time.time() - began, 1)})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -947,8 +947,8 @@ def map_clips(args, encoder, process, workers):
     groups = [names[g] for g in group]
     table = write(args, f"{name}.csv", lambda file: write_points(file, listing, index, groups, of, planes))
     add_row(args, {"what": "map", "data": args.data, "modality": args.modality, "pairs": args.pairs,
-                   "embedding": embedding, "untrained": args.untrained, "groups": args.groups, "N": n,
-                   "left_out": len(drawn) - n, **numbers, "seed": args.seed, "step": encoder.step})
+        "embedding": embedding, "untrained": args.untrained, "groups": args.groups, "N": n,
+        "left_out": len(drawn) - n, **numbers, "seed": args.seed, "step": encoder.step})
     print(save(args, name, fig))
     print(table)
 
@@ -991,9 +991,9 @@ def encoder_flags(add):
     add("--untrained", action="store_true", help="the same encoder as it was initialised, for comparison")
     add("--encoder", choices=("context", "target"),
         help="of a method that has both; default: the one that it evaluates")
-    add("--data-dir", help="folder with the clips and the csv files")
+    add("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
     add("--out", help="folder for the files (default: the run's)")
-    add("--workers", type=int, help="processes that decode")
+    add("--workers", type=int, help="processes that decode (default: by the cores)")
     add("--device", default="auto", help="auto, cpu, mps or cuda")
 
 
@@ -1015,8 +1015,8 @@ def get_args(argv=None):
     add = command("attention", "audio -> video and video -> audio attention: of a clip, as a picture and a "
                   "film; or how often it finds the toy's sounding object")
     encoder_flags(add)
-    add("--clip", help="a file with sound and pictures")
-    add("--data", choices=("toy",), help="in place of --clip: where what sounds is known")
+    add("--clip", help="a file with sound and pictures (default: none)")
+    add("--data", choices=("toy",), help="in place of --clip: where what sounds is known (default: none)")
     add("--heads", choices=("mean", "each"), default="mean", help="averaged, or one by one")
     add("--layer", type=int, default=-1, help="block, from 0; -1 is the last one")
 
@@ -1032,7 +1032,7 @@ def get_args(argv=None):
     add("--pairs", action="store_true",
         help="each clip twice, by its sound and by its pictures, joined by a line")
     add("--groups",
-        help="a csv with the columns class and group: colours for groups, and these classes alone")
+        help="a csv with the columns class and group: colours for groups, no other classes (default: none)")
     add("--embedding", choices=("encoder", "projected"), default="encoder",
         help="encoder: CLS, or the mean of the tokens; projected: where the loss was taken")
 

@@ -50,7 +50,7 @@ RECIPE = {
     "n_mels":       (128,         64,             "code: 16 kHz, n_fft 400, Hamming 400, dB"),
     "hop":          (160,         320,            "code: samples from one mel frame to the next"),
     "mel_patch":    ((16, 16),    (16, 16),       "code: 128 x 801 -> 8 x 50 = 400 audio tokens (page)"),
-    # unspecified: where; here not on attention weights
+    # differs: theirs is on the attention weights, too, and not after GELU; theirs has a LayerNorm eps of 1e-5
     "dropout":      (0.1,         0.0,            "code"),
     "projector":    ((2048, 2048, 128), (512, 512, 16), "code: BatchNorm and GELU between the layers"),
     "lam":          (0.05,        0.05,           "code"),
@@ -60,8 +60,10 @@ RECIPE = {
     "steps":        (None,        400,            "by the epochs"),
     "lr":           (5e-4,        2e-3,           "code"),
     "lr_end":       (1e-6,        1e-6,           "code"),
+    # differs: theirs begins at a tenth of the peak, ours at 0
     "warmup":       (0.15,        0.15,           "code: share of the steps"),
-    "weight_decay": (0.05,        0.05,           "code"),    # unspecified: of what
+    # differs: theirs decays all parameters, ours matrices only
+    "weight_decay": (0.05,        0.05,           "code"),
     "clip_grad":    (5.0,         5.0,            "code: norm of the gradient"),
 }
 # mean and std of the mel in dB (code; toy: data.py --stats); others have AudioSet's
@@ -115,7 +117,8 @@ def plan_views(rng, duration, seconds, local):
     if local == "modality":
         views.append(view(None, video=False))
         views.append(view("random", audio=False))
-    elif local == "dropout":                       # unspecified: a fair coin for each local view of each clip
+    elif local == "dropout":
+        # differs: of theirs a quarter lose the video, a quarter the sound, half keep both; here a fair coin
         for heads in rng.integers(2, size=2) == 1:
             views.append(view("random", video=heads, audio=not heads))
     elif local == "joint":

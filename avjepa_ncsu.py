@@ -35,6 +35,7 @@ METHOD = dict(
     title="AVJEPA (NC State)",
     weights="context_encoder",  # evaluated; differs: the code's are the teacher's (probe.py --encoder target)
     linear=dict(lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
+    # differs: V-JEPA's head has a residual and an MLP, and reads eight segments of a clip at once
     attentive=dict(head="attentive", lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
     # unspecified: all of it, the paper's probes are frozen
     finetune=dict(head="linear", lr=(1e-3,), encoder_lr=1e-5, smoothing=0.0, epochs=30, views=1),
@@ -63,8 +64,9 @@ RECIPE = {
     "mel_patch":    ((16, 16),     (16, 16),     "Sec. 5.5: 8 x 12 = 96 tokens (toy: 4 x 12 = 48)"),
     "video_blocks": (((8, 0.15), (2, 0.7)), ((8, 0.15), (2, 0.7)),
                      "code: a mask set each: how many, their area of the frame"),
+    # differs: theirs draws height over width evenly, which makes flatter blocks; here width over height
     "video_aspect": ((1 / 1.5, 1 / 0.75), (0.75, 1.5),
-                     "code: width over height; its own, height over width: .75 to 1.5"),
+                     "code: .75 to 1.5, of height over width"),
     "audio_block":  ((4, 6),       (2, 6),       "code: patches of frequency x time; as many blocks"),
     "pred_depth":   (12,           2,            "code"),
     # differs: 3 (Tiny), 6 (Small), 12 (Base)
@@ -293,9 +295,9 @@ class AVJEPA(nn.Module):
                 self.means[i].update(y[i].mean(1), tick, weight[i])
         # 3 predict: at the hidden tokens of both, from the context of both
         predictions = [self.predictor(x, mask_set, s) for s, (x, mask_set) in enumerate(zip(h, masks))]
-        # 4 loss: the mean over the mask sets, and the sum of the two modalities differs: the code takes one
-        # mean over the hidden tokens of both, which leaves 3 to 7 % to the sound; here each has a mean of
-        # its own, so that the video's term is that of --modalities video
+        # 4 loss: the mean over the mask sets, and the sum of the two modalities
+        # differs: the code takes one mean over the hidden tokens of both, which leaves 3 to 7 % to the sound;
+        # here each has a mean of its own, so that the video's term is that of --modalities video
         losses = {}
         shown = {}
         # differs: the code takes another clip for one without sound; here such a clip trains the video's term

@@ -70,8 +70,9 @@ RECIPE = {
     "positions":     ("factorised", "factorised", ""),    # unspecified: learned; V-JEPA 2 has rotary ones
     "video_blocks":  (((8, 0.15), (2, 0.7)), ((8, 0.15), (2, 0.7)),
                       "V-JEPA 2: a mask set each: how many, of which area"),
+    # differs: theirs draws height over width evenly, which makes flatter blocks; here width over height
     "video_aspect":  ((1 / 1.5, 1 / 0.75), (0.75, 1.5),
-                      "V-JEPA 2: width over height (height over width: .75 to 1.5)"),
+                      "V-JEPA 2: .75 to 1.5, of height over width"),
     "audio_scale":   ((0.15, 0.2),  (0.15, 0.2),  "A-JEPA: 4 blocks, their area of the mel"),
     "audio_aspect":  ((0.75, 1.5),  (0.75, 1.5),  "A-JEPA: time over frequency, relative to the grid"),
     "audio_hidden":  ((0.6, 0.75),  (0.6, 0.75),  "A-JEPA: share that the union of the blocks hides"),

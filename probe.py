@@ -91,7 +91,8 @@ class LinearHead(nn.Module):
     """Linear on the clip embedding, standardised. (tokens (B, N, D), embedding (B, D)) -> (B, C)"""
     def __init__(self, dim, classes):
         super().__init__()
-        self.norm = nn.BatchNorm1d(dim, affine=False)               # unspecified: the standardisation
+        # differs: AV-JEPA's authors have a LayerNorm with affine. unspecified: the others
+        self.norm = nn.BatchNorm1d(dim, affine=False)
         self.linear = nn.Linear(dim, classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -136,8 +137,8 @@ class AttentiveHead(nn.Module):
 HEADS = {
     "linear": LinearHead,
     "attentive": AttentiveHead,
-    # paper: "cross-attention + 4 blocks + linear"; unspecified: the order, here the blocks first, as in
-    # V-JEPA 2
+    # MJEPA, second-hand: "cross-attention + 4 blocks + linear"
+    # unspecified: the order, here the blocks first, as in V-JEPA 2
     "blocks": functools.partial(AttentiveHead, blocks=4)}
 # Rates that are tried for a frozen encoder's head where it is not the one of the method
 FROZEN_LRS = (1e-3, 1e-2, 1e-1, 1.0)                    # authors' code: 1e-3
@@ -387,7 +388,7 @@ def loss_of(scores, targets, smoothing=0.0):
 
 def average(scores, multilabel):
     """(..., views, C) scores -> (..., C) probabilities, the mean over the views."""
-    # unspecified: the authors average test clips; whether scores or probabilities is not said
+    # differs: AV-JEPA's authors average logits. unspecified: the others
     probabilities = scores.sigmoid() if multilabel else scores.softmax(-1)
     return probabilities.mean(-2)
 

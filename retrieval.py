@@ -99,8 +99,9 @@ def embed_batch(encoder, modality, x, views, embedding, process):
     with process.autocast():
         z = encoder(**{modality: x})[1].float()                                     # (B views, D)
     if embedding == "predicted":
-        # a prediction, and what it was trained on unspecified: predictors that were trained on the visible
-        # part are given the whole input; the mean over the views comes last, and is not normalised
+        # a prediction, and what it was trained on
+        # unspecified: predictors that were trained on the visible part are given the whole input; the mean
+        # over the views comes last, and is not normalised
         with process.autocast():
             target = encoder.teacher(**{modality: x})[1].float()
         query = encoder.cross[ACROSS[modality]](z)

@@ -241,7 +241,7 @@ def load_optimizer(optimizer, state, path):
 # 3. Is it healthy?
 # ----------------------------------------------------------------------------------------------------------
 
-COLLAPSED = 0.05                  # std of an embedding: AV-JEPA's Gaussian has 1, a LayerNorm's mean .2 to .7
+COLLAPSED = 0.02                      # std of an embedding over the clips; AV-JEPA's Gaussian has 1
 
 
 def alarms(rows, warmup=0):

@@ -1,12 +1,13 @@
 """Small real clips, H.264 + AAC, written once, and the helpers that read back what was put into them."""
 import json, multiprocessing, os, random, runpy, signal, socket, subprocess, sys, tempfile, time, traceback
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: F401                             before torch: common sets how its threads wait
+import common
 import data
 
 import av
@@ -110,7 +111,7 @@ def forked(argv, cwd, out, err):
         traceback.print_exc()
     finally:
         try:
-            sys.stdout.flush(), sys.stderr.flush(), data.end_workers()
+            sys.stdout.flush(), sys.stderr.flush(), common.end_workers()
         finally:
             os._exit(code)
 
@@ -169,6 +170,43 @@ class StopAfter:
     def __bool__(self):
         self.left -= 1
         return self.left <= 0
+
+    def release(self):
+        pass
+
+
+METHOD = dict(                                          # of a checkpoint that no script has written
+    name="made_up", title="made up", weights="target_encoder",
+    linear=dict(lr=(1e-2, 1e-1), views=3),
+    attentive=dict(head="blocks", lr=(1e-3, 3e-3), views=3),
+    finetune=dict(head="linear", lr=(2e-3,), encoder_lr=1e-5, smoothing=0.1, epochs=2, views=2))
+INPUTS = data.Inputs(
+    seconds=2.0, video_seconds=1.0, frames=2, size=16, resize=16, n_fft=512, n_mels=32, mel_mean=-40.0)
+
+
+def write_checkpoint(folder, video=True, audio=True, cross=(), projector=None, seed=0):
+    """A checkpoint of a context and a target encoder with random weights, with predictors across (names) or a
+    projector (its widths). Returns the folder."""
+    config = dict(size="nano", cls=projector is not None)
+    if video:
+        config["video"] = dict(shape=(2, 16, 16), patch=(2, 8, 8))
+    if audio:
+        config["audio"] = dict(shape=(32, INPUTS.mel_frames), patch=(16, 16))
+    widths = {name: 3 * [64] for name in cross}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoders = {f"{which}_encoder": common.ViT(**config) for which in ("context", "target")}
+        modules = torch.nn.ModuleDict(encoders)
+        if cross:
+            predictors = {name: common.mlp(64, width, norm=False) for name, width in widths.items()}
+            modules["cross"] = torch.nn.ModuleDict(predictors)
+        if projector:
+            modules["projector"] = common.mlp(64, projector)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = dict(version="0", method=METHOD, step=3, steps=3, args=dict(seed=0), recipe={}, optimizer={},
+                   inputs=asdict(INPUTS), encoder=config, projector=projector, cross=widths or None)
+    torch.save({**content, "model": modules.state_dict()}, folder / "latest.pt")
+    return folder
 
 
 @pytest.fixture(autouse=True)

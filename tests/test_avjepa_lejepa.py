@@ -1,255 +1,256 @@
-"""AV-JEPA from the command line to the checkpoint, on real mp4 files."""
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""AV-JEPA (LeJEPA): its views, the embedding of each, its loss, its recipe and its learning rate."""
+import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.nn as nn
 
 import avjepa_lejepa
 import common
-import data
-import probe
-import retrieval
-from conftest import ROOT, StopAfter, same, weights
+import run
+from avjepa_lejepa import AVJEPA, invariance, plan_views
+from common import UserError, sigreg
+from slow import random
 
-TINY = ["--batch-size", "4", "--log-every", "1", "--save-every", "1", "--device", "cpu", "--size", "nano"]
+BOTH = (True, True)                                     # what a view has: (video, audio)
+SOUND = (False, True)
+PICTURE = (True, False)
+MODALITY = (BOTH, BOTH, SOUND, PICTURE)
+MIXED = [MODALITY, (BOTH, BOTH, PICTURE, SOUND), (BOTH, BOTH, SOUND, SOUND), (BOTH, BOTH, BOTH, PICTURE)]
+VIDEO = dict(shape=(4, 16, 16), patch=(2, 8, 8))
+AUDIO = dict(shape=(8, 22), patch=(4, 4))
+PAPER = ["--data", "audioset", "--data-dir", "x"]
+
+
+def small_model(lam=0.05, absent="zero"):
+    config = dict(size="nano", video=VIDEO, audio=AUDIO, cls=True, absent=absent, norm_in=True)
+    common.seed_step(0, 0)
+    return AVJEPA(config | {"norm_out": False}, (16, 16, 4), lam, 32)
+
+
+def batch_of(patterns):
+    """Random clips as data.collate gives them; patterns: for each clip what each of its views has."""
+    present = torch.tensor(patterns)                                            # (B, V, 2)
+    videos, sounds = present.sum((0, 1)).tolist()
+    batch = {"present": present}
+    if videos:
+        batch["video"] = random(videos, 3, *VIDEO["shape"])
+    if sounds:
+        batch["audio"] = random(sounds, 1, *AUDIO["shape"], seed=1)
+    return batch
+
+
+def embed(model, batch):
+    return model.embed(batch.get("video"), batch.get("audio"), batch["present"])
+
+
+# ---- views ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("local, kinds", [
+    ("none", [()]), ("modality", [(SOUND, PICTURE)]), ("joint", [(BOTH, BOTH)]),
+    ("dropout", list(itertools.product((SOUND, PICTURE), repeat=2)))])
+def test_two_views_have_both_modalities_and_the_local_ones_those_of_their_kind(local, kinds):
+    seen = []
+    starts = []
+    for seed in range(400):
+        views = plan_views(np.random.default_rng(seed), 10.0, 8.0, local)
+        present = tuple((bool(view.video), view.audio) for view in views)
+        assert present[:2] == (BOTH, BOTH) and {view.seconds for view in views} == {8.0}
+        assert {view.video for view in views[:2]} == {"flip"}
+        assert {view.video for view in views[2:]} <= {"random", None}
+        seen.append(present[2:])
+        starts += [view.start for view in views]
+    assert set(seen) == set(kinds)
+    expected = 400 / len(kinds)                         # dropout: a fair coin for each view
+    spread = math.sqrt(expected * (1 - 1 / len(kinds)))
+    for kind in kinds:
+        assert abs(seen.count(kind) - expected) <= 4.5 * spread
+    assert 0 <= min(starts) and max(starts) <= 2.0 and len(set(starts)) == len(starts)
+    assert np.mean(starts) == pytest.approx(1.0, abs=4.5 * 2 / math.sqrt(12 * len(starts)))
+
+
+def test_the_views_of_a_clip_shorter_than_a_view_begin_at_its_start():
+    views = plan_views(np.random.default_rng(0), 3.0, 8.0, "modality")
+    assert {view.start for view in views} == {0.0}
+
+
+# ---- embeddings ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("absent", ["zero", "drop"])
+@pytest.mark.parametrize("patterns", [MIXED, [(BOTH, BOTH)] * 3, [(SOUND,)] * 2, [(PICTURE, SOUND)] * 2])
+def test_the_embedding_of_each_view_stands_at_its_place(patterns, absent):
+    """Against the encoder's CLS on one view after the other."""
+    model = small_model(absent=absent).eval()
+    batch = batch_of(patterns)
+    h = embed(model, batch)
+    videos = iter(batch.get("video", ()))
+    sounds = iter(batch.get("audio", ()))
+    assert h.shape == (len(patterns), len(patterns[0]), 64)
+    for b, v in np.ndindex(h.shape[:2]):
+        has_video, has_audio = patterns[b][v]
+        video = next(videos)[None] if has_video else None
+        audio = next(sounds)[None] if has_audio else None
+        torch.testing.assert_close(h[b, v], model.encoder(video, audio)[0, 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("absent", ["zero", "drop"])
+@pytest.mark.parametrize("place, name", [(0, "video"), (1, "audio")])
+def test_an_absent_modality_leaks_nothing_into_a_view(place, name, absent):
+    model = small_model(absent=absent).eval()
+    batch = batch_of(MIXED)
+    has = batch["present"][:, :, place]
+    h = embed(model, batch)
+    changed = embed(model, batch | {name: random(*batch[name].shape, seed=9)})
+    assert torch.equal(h[~has], changed[~has])
+    assert (h != changed)[has].any(-1).all()
+
+
+# ---- loss ----------------------------------------------------------------------------------------------
+
+def slow_invariance(z):
+    """Views, clips and dimensions one after the other; the centre is the mean of the two global views."""
+    views, count, dim = z.shape
+    total = 0.0
+    for v, b, k in np.ndindex(views, count, dim):
+        centre = (z[0, b, k] + z[1, b, k]) / 2
+        total = total + (centre - z[v, b, k]) ** 2
+    return total / (views * count * dim)
+
+
+@pytest.mark.parametrize("views", [2, 4, 7])
+def test_the_invariance_and_its_gradient_are_those_of_the_formula(views):
+    """The gradient flows through the centre as well."""
+    z = random(views, 3, 5).requires_grad_()
+    loss = slow_invariance(z)
+    torch.testing.assert_close(invariance(z), loss, atol=1e-6, rtol=1e-5)
+    gradient, = torch.autograd.grad(invariance(z), z)
+    expected, = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("views", [(BOTH, BOTH), MODALITY, (BOTH, BOTH, BOTH, BOTH)])
+@pytest.mark.parametrize("lam", [0.0, 0.05, 1.0])
+def test_the_loss_is_the_weighted_sum_of_the_invariance_and_the_mean_sigreg_of_the_views(lam, views):
+    """BatchNorm has the statistics of the global views, and apart from them those of the local ones."""
+    model = small_model(lam)
+    batch = batch_of([views] * 6)
+    loss, shown = model(batch, None, 0.5, 3)
+    h = embed(model, batch)                                                     # (B, V, D)
+    z = []
+    for first in range(0, len(views), 2):
+        rows = torch.cat([h[:, first], h[:, first + 1]])
+        z += model.projector(rows).split(6)
+    inv = slow_invariance(torch.stack(z))
+    reg = torch.stack([sigreg(z_v, 3, 32) for z_v in z]).mean()
+    torch.testing.assert_close(shown["loss/invariance"], 0.5 * inv.detach(), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(shown["loss/sigreg"], 0.5 * reg.detach(), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(loss, 0.5 * ((1 - lam) * inv + lam * reg), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(shown["embedding/av"], z[0].detach(), atol=1e-3, rtol=1e-3)
+
+
+def test_without_sigreg_the_embeddings_collapse_and_with_it_they_do_not():
+    stds = {}
+    for lam in (0.0, 0.05):
+        model = small_model(lam)
+        batch = batch_of([MODALITY] * 8)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        for step in range(60):
+            loss, shown = model(batch, None, 1.0, step)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        stds[lam], _ = common.health(shown["embedding/av"])
+    assert stds[0.05] > 0.5 and stds[0.05] > 5 * stds[0.0]
+
+
+# ---- recipe and run ------------------------------------------------------------------------------------
+
+def test_the_paper_recipe_is_the_table_of_the_papers_page():
+    _, recipe = avjepa_lejepa.get_args(PAPER)
+    expected = dict(
+        size="base", seconds=8.0, frames=16, image=224, resize=256, crop_scale=(0.4, 1.0),
+        n_mels=128, hop=160, tubelet=(2, 16, 16), mel_patch=(16, 16), mel_mean=-17.977, mel_std=24.468,
+        dropout=0.1, projector=(2048, 2048, 128), lam=0.05, slices=2048, batch_size=320, epochs=57,
+        steps=None, lr=5e-4, lr_end=1e-6, warmup=0.15, weight_decay=0.05, clip_grad=5.0,
+        absent="zero", local="modality")
+    assert {name: recipe[name] for name in expected} == expected
+    _, vggsound = avjepa_lejepa.get_args(["--data", "vggsound", "--data-dir", "x"])
+    differs = {name: value for name, value in vggsound.items() if recipe[name] != value}
+    assert differs == dict(data="vggsound", epochs=50, mel_mean=-20.437, mel_std=24.496)
+    _, own = avjepa_lejepa.get_args([*PAPER, "--mel-mean", "-1", "--mel-std", "2"])
+    inputs = avjepa_lejepa.make_inputs(own)
+    assert (inputs.mel_mean, inputs.mel_std, inputs.mel_frames, inputs.frames) == (-1, 2, 801, 16)
+
+
+def test_the_encoder_of_the_paper_is_a_vit_base_over_1568_video_and_400_audio_tokens():
+    _, recipe = avjepa_lejepa.get_args(PAPER)
+    with torch.device("meta"):
+        model = avjepa_lejepa.make_model(recipe, avjepa_lejepa.make_inputs(recipe))
+        vit = model.encoder
+        out = vit(torch.empty(1, 3, 16, 224, 224), torch.empty(1, 1, 128, 801))
+    assert vit.grids == {"video": (8, 14, 14), "audio": (8, 50)}
+    assert out.shape == (1, 1 + 1568 + 400, 768) and len(vit.blocks) == 12
+    assert isinstance(vit.norm_in, nn.LayerNorm) and isinstance(vit.norm_out, nn.Identity)
+    assert {m.p for m in vit.modules() if isinstance(m, nn.Dropout)} == {0.1}
+    assert [m.out_features for m in model.projector if isinstance(m, nn.Linear)] == [2048, 2048, 128]
 
 
 def flags(toy, out, *more):
-    return ["--data-dir", str(toy), "--out", str(out), "--workers", "0", *TINY, *map(str, more)]
+    words = "--data folder --recipe toy --size nano --frames 2 --seconds 0.5 --batch-size 4 --log-every 1"
+    words = f"{words} --workers 0 --device cpu --data-dir {toy}/train --out {out}"
+    return [*words.split(), *more]
 
 
-@pytest.fixture(scope="module")
-def run(toy, tmp_path_factory):
-    """A finished run of four steps, with its evaluation."""
-    out = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "frozen_schedule", lambda clips: (8, 5))
-        avjepa_lejepa.main(flags(toy, out, "--steps", 4))
-    return out
+def test_the_rate_rises_over_the_first_15_percent_of_the_steps_and_falls_along_a_cosine(
+        toy, tmp_path, monkeypatch):
+    """And decay and clipping are those of the table: single steps of a run of 1,000."""
+    groups = []
+    norms = []
+    real = torch.optim.AdamW.step
+
+    def spy(optimizer):
+        groups.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+        grads = [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.stack(grads).norm().item())
+        return real(optimizer)
+
+    steps = (0, 75, 149, 150, 600, 999)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(run.Run, "steps", lambda self: iter(steps))
+    monkeypatch.setattr(avjepa_lejepa, "invariance", lambda z: 1e4 * invariance(z))     # for large gradients
+    avjepa_lejepa.main(flags(toy, tmp_path, "--steps", "1000"))
+    rows = run.read_log(tmp_path)
+    assert [row["step"] for row in rows] == list(steps)
+    for row, ((lr, decay), (other, none)), norm in zip(rows, groups, norms):
+        done = (row["step"] - 150) / 849
+        falling = 1e-6 + (2e-3 - 1e-6) * (1 + math.cos(math.pi * done)) / 2
+        expected = 2e-3 * (row["step"] + 1) / 150 if row["step"] < 150 else falling
+        assert lr == other == row["lr"] == pytest.approx(expected, rel=1e-6)
+        assert (decay, none) == (0.05, 0.0)
+        assert row["grad_norm"] > 5 and norm == pytest.approx(5, rel=1e-3)
 
 
-def test_a_run_leaves_checkpoint_log_curves_and_results(run):
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    for key in (*avjepa_lejepa.PANEL, "bad_clips", "no_audio", "no_video", "short"):
-        assert np.isfinite(rows[-1][key])
-    lam = avjepa_lejepa.RECIPE["lam"][1]
-    assert rows[-1]["loss"] == pytest.approx((1 - lam) * rows[-1]["invariance"] + lam * rows[-1]["sigreg"], rel=1e-5)
-    assert rows[-1]["sigreg/N"] == pytest.approx(rows[-1]["sigreg"] / 4)
-    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    results = json.loads((run / "results.json").read_text())
-    assert results.pop("seconds") > 0 and set(results) == {"trained", "untrained", "raw input", "chance"}
-    assert all(0 <= results[name][m] <= 100 for name in results for m in ("audio", "video", "av"))
-    assert results["trained"]["N"] == data.list_clips("toy", weights(run)["args"]["data_dir"], "test").files.size
+def test_a_run_says_what_its_flags_do_to_sigreg(toy, tmp_path, capsys):
+    more = ["--steps", "1", "--accumulate", "2", "--lam", "0"]
+    avjepa_lejepa.main(flags(toy, tmp_path, *more))
+    said = capsys.readouterr().out
+    assert "SIGReg sees the micro-batch of 2 clips, not the batch" in said
+    assert "lambda is 0: nothing keeps the embeddings apart, this run will collapse by design" in said
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_at_two_of_four_steps_and_continued_equals_four_steps_bit_for_bit(toy, run, tmp_path, monkeypatch, capsys, workers):
-    args = flags(toy, tmp_path, "--steps", 4, "--workers", workers)
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "StopSignal", lambda: StopAfter(2))
-        avjepa_lejepa.main(args)
-    assert weights(tmp_path)["step"] == 2
-    assert "the same command goes on" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
-        patch.setattr(probe, "toy_report", lambda *_: None)
-        avjepa_lejepa.main(args)
-    one, two = weights(run), weights(tmp_path)
-    assert all(same(one[key], two[key]) for key in ("step", "model", "optimizer", "recipe"))
-    assert [row["step"] for row in common.read_log(tmp_path)] == [0, 1, 2, 3]
-    assert [row["loss"] for row in common.read_log(tmp_path)] == [row["loss"] for row in common.read_log(run)]
-
-
-def test_sigterm_saves_and_says_how_to_go_on(toy, tmp_path):
-    command = [sys.executable, str(ROOT / "avjepa_lejepa.py"), *flags(toy, tmp_path, "--steps", 5000, "--save-every", 100000)]
-    process = subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for _ in range(600):
-        if len(common.read_log(tmp_path)) >= 2:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "the same command goes on" in out
-    assert weights(tmp_path)["step"] == common.read_log(tmp_path)[-1]["step"] + 1
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(toy, tmp_path, monkeypatch):
-    real = common.sigreg
-    monkeypatch.setattr(avjepa_lejepa, "sigreg", lambda z, step, s: real(z, step, s) * (float("nan") if step == 2 else 1))
-    with pytest.raises(common.UserError, match="not finite at step 2"):
-        avjepa_lejepa.main(flags(toy, tmp_path, "--steps", 4))
-    saved = weights(tmp_path)
-    assert saved["step"] == 2 and all(torch.isfinite(v).all() for v in saved["model"].values())
-
-
-def test_lambda_zero_says_that_it_collapses_and_names_the_collapse(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(probe, "toy_report", lambda *_: None)
-    avjepa_lejepa.main(flags(toy, tmp_path, "--steps", 60, "--save-every", 60, "--lam", 0, "--lr", 0.01, "--seconds", 0.5, "--frames", 2))
-    out = capsys.readouterr().out
-    assert "collapse by design" in out and "COLLAPSE at step" in out
-    assert common.read_log(tmp_path)[-1]["step"] == 59                                          # it said so and went on
-
-
-def test_one_batch_is_learnt_without_collapse(toy):
-    _, recipe = avjepa_lejepa.get_args(["--seconds", "0.5", "--frames", "2"])
-    inputs = avjepa_lejepa.make_inputs(recipe)
-    plan = avjepa_lejepa.functools.partial(avjepa_lejepa.plan_views, seconds=0.5, local="modality")
-    clips = data.Clips(data.list_clips("toy", toy), inputs, plan)
-    batch = data.to_device(data.collate([clips[0, i] for i in range(16)]), torch.device("cpu"))
-    common.seed_step(0, 0)
-    model = avjepa_lejepa.AVJEPA(avjepa_lejepa.encoder_config(recipe, inputs), (64, 8), 0.05, 64)
-    optimizer, apart = torch.optim.AdamW(model.parameters(), 1e-3), []
-    for step in range(60):
-        loss, parts = model(batch, step)
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-        std, rank = common.health(parts["z"])
-        apart.append(parts["invariance"].item() / std ** 2)             # distance of a clip's views, against that of the clips
-    print(apart[::10], std, rank)
-    assert apart[-1] < 0.1 * apart[0]
-    assert std > 0.5 and rank > 4
-
-
-@pytest.mark.parametrize("local", ["modality", "dropout", "joint", "none"])
-@pytest.mark.parametrize("absent", ["zero", "drop"])
-def test_each_ablation_trains_and_leaves_no_parameter_without_a_gradient(toy, tmp_path, monkeypatch, local, absent):
-    """DDP refuses unused parameters: whatever a flag drops must not be built."""
-    monkeypatch.setattr(probe, "toy_report", lambda *_: None)
-    seen, init = [], avjepa_lejepa.AVJEPA.__init__
-    monkeypatch.setattr(avjepa_lejepa.AVJEPA, "__init__", lambda self, *a: (init(self, *a), seen.append(self))[0])
-    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: None)
-    avjepa_lejepa.main(flags(toy, tmp_path, "--steps", 1, "--local", local, "--absent", absent))
-    assert seen and all(p.grad is not None for p in seen[0].parameters())
-
-
-def test_the_same_epoch_of_clips_whatever_accumulates(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(probe, "toy_report", lambda *_: None)
-    avjepa_lejepa.main(flags(toy, tmp_path, "--steps", 2, "--accumulate", 2))
-    assert "SIGReg sees the micro-batch of 2 clips" in capsys.readouterr().out
-
-
-# ---- two processes --------------------------------------------------------------------------------------------------
-
-def train_as_rank(rank, toy, folder, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.set_num_threads(1)
-    seen, item, build = [], data.Clips.item, avjepa_lejepa.AVJEPA.__init__
-    models = []
-    data.Clips.item = lambda self, index, rng: (seen.append(int(index)), item(self, index, rng))[1]
-    avjepa_lejepa.AVJEPA.__init__ = lambda self, *a: (build(self, *a), models.append(self))[0]
-    probe.toy_report = lambda *_: None
-    avjepa_lejepa.main(flags(toy, Path(folder) / "run", "--steps", 2))
-    torch.save({"seen": seen, "model": {k: v for k, v in models[0].named_parameters()}}, Path(folder) / f"rank{rank}.pt")
-
-
-def test_two_real_processes_train_on_disjoint_clips_and_end_with_equal_weights(toy, tmp_path):
-    mp.spawn(train_as_rank, (str(toy), str(tmp_path), str(20000 + os.getpid() % 20000)), nprocs=2)
-    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
-    assert len(a["seen"]) == len(b["seen"]) == 4 and not set(a["seen"]) & set(b["seen"])
-    assert same(dict(a["model"]), dict(b["model"]))
-
-
-# ---- bad input ------------------------------------------------------------------------------------------------------
-
-BAD = {
-    "no such folder": (["--data", "folder", "--data-dir", "nowhere"], "no such folder"),
-    "no folder given": (["--data", "vggsound"], "needs --data-dir"),
-    "unknown data": (["--data", "imagenet"], "not a data set"),
-    "batch larger than the set": (["--batch-size", "100000"], "larger than the set"),
-    "unknown ViT": (["--size", "colossal"], "unknown ViT"),
-    "frames and tubelet": (["--frames", "5"], "not divisible by the tubelet"),
-    "lam": (["--lam", "2"], "--lam 2.0 is out of range"),
-    "lr": (["--lr", "-1"], "out of range"),
-    "steps": (["--steps", "-3"], "out of range"),
-    "device": (["--device", "cuda:99"], "does not have it"),
-    "accumulate": (["--batch-size", "8", "--accumulate", "3"], "not divisible"),
-    "one clip": (["--accumulate", "4"], "less than 2 clips"),
-    "workers": (["--workers", "-1"], "--workers -1 is out of range"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_in_one_sentence(toy, tmp_path, name):
-    bad, sentence = BAD[name]
-    with pytest.raises(common.UserError, match=sentence) as error:
-        known = flags(toy, tmp_path / "run", "--steps", 2) if "--data" not in bad else ["--out", str(tmp_path / "run"), *TINY]
-        avjepa_lejepa.main([*known, *bad])
-    assert "\n" not in str(error.value) and not (tmp_path / "run" / "latest.pt").exists()
-
-
-def test_a_checkpoint_that_is_cut_off_or_of_another_method_or_recipe_is_refused_and_kept(toy, run, tmp_path):
-    for change, sentence in (("cut", "cut off"), ("method", "not of avjepa_lejepa"), ("recipe", "lam 0.05 .now 0.5.")):
-        out = tmp_path / change
-        shutil.copytree(run, out)
-        if change == "cut":
-            (out / "latest.pt").write_bytes((out / "latest.pt").read_bytes()[:5000])
-        elif change == "method":
-            torch.save({**weights(out), "method": "ajepa"}, out / "latest.pt")
-        before = (out / "latest.pt").read_bytes(), (out / "log.jsonl").read_bytes()
-        with pytest.raises(common.UserError, match=sentence):
-            avjepa_lejepa.main([*flags(toy, out, "--steps", 4), *(["--lam", "0.5"] if change == "recipe" else [])])
-        assert before == ((out / "latest.pt").read_bytes(), (out / "log.jsonl").read_bytes())
-
-
-def test_no_readable_clip_stops_with_a_sentence(tmp_path):
-    (tmp_path / "clips").mkdir()
-    for i in range(8):
-        (tmp_path / "clips" / f"{i}.mp4").write_bytes(b"not a video")
-    with pytest.raises(common.UserError, match="do not decode"):
-        avjepa_lejepa.main(["--data", "folder", "--data-dir", str(tmp_path / "clips"), "--recipe", "toy", "--steps", "2", "--workers", "0",
-                            "--out", str(tmp_path / "run"), *TINY])
-
-
-def test_bad_input_as_a_command_exits_with_2_and_no_traceback(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "avjepa_lejepa.py"), "--lam", "2"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip() == "error: --lam 2.0 is out of range: from 0 to 1" and "Traceback" not in done.stderr
-    assert not any(tmp_path.iterdir())
-
-
-# ---- what is done with a run ----------------------------------------------------------------------------------------
-
-def test_fresh_starts_over(toy, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "toy_report", lambda *_: None)
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    avjepa_lejepa.main(flags(toy, out, "--steps", 1, "--fresh"))
-    assert weights(out)["step"] == 1 and len(common.read_log(out)) == 1
-
-
-def test_five_lines_from_a_file_to_an_embedding(toy, run):
-    encoder = common.load_encoder(run)
-    clip = data.load_clip(toy / "test" / "00000.mp4", encoder.inputs)
-    tokens, embedding = encoder(**clip)
-    assert tokens.shape == (1, 36 + 24, 64) and embedding.shape == (1, 64)
-    sound, _ = encoder(audio=clip["audio"])
-    assert sound.shape == (1, 24, 64) and not embedding.requires_grad
-
-
-def test_a_query_by_a_clips_own_sound_lists_the_folder_with_scores(toy, run, capsys):
-    retrieval.main(["--ckpt", str(run), "--query", str(toy / "test" / "00003.mp4"), "--folder", str(toy / "test"), "--top", "5",
-                    "--workers", "0", "--device", "cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    scores = [float(line.split()[0]) for line in lines[1:6]]
-    assert lines[0].startswith("by the audio") and scores == sorted(scores, reverse=True) and len(scores) == 5
-    assert all(line.endswith(".mp4") for line in lines[1:6])
-
-
-@pytest.mark.parametrize("kind,more", [("linear", []), ("attentive", []), ("attentive", ["--cache-gb", "0"]), ("finetune", []),
-                                       ("finetune", ["--head", "attentive"])])
-def test_each_probe_runs_on_each_modality_and_writes_its_row(toy, run, kind, more, capsys):
-    modality = {"linear": "audio", "attentive": "video", "finetune": "av"}[kind]
-    probe.main(["--ckpt", str(run), "--data", "toy", "--data-dir", str(toy), "--probe", kind, "--modality", modality, "--epochs", "1",
-                "--batch-size", "4", "--views", "2", "--workers", "0", "--device", "cpu", *more])
-    row = json.loads((run / "probe.jsonl").read_text().splitlines()[-1])
-    assert row["probe"] == kind and row["modality"] == modality and row["N"] == 16 and row["metric"] == "top-1" and 0 <= row["value"] <= 100
-    assert row["seed"] == 0 and row["step"] == 4 and row["seconds"] > 0
+@pytest.mark.parametrize("more, sentence", [
+    (["--accumulate", "4"],
+     "--batch-size 4: less than 2 clips for each of 1 processes x 4 micro-batches; raise it"),
+    (["--lam", "2"], "--lam 2.0 is out of range: from 0 to 1"),
+    (["--lam", "nan"], "--lam nan is out of range: from 0 to 1"),
+    (["--mel-std", "0"], "--mel-std 0.0 is out of range: from 1e-06 to 1000000.0"),
+    (["--frames", "0"], "--frames 0 is out of range: from 1 to 4096"),
+    (["--data", "esc50"], "--data esc50 has no pictures; ajepa.py trains on sound alone"),
+    (["--data", "ssv2"],
+     "--data ssv2 has no sound; mjepa.py --terms separate-video trains on pictures alone")])
+def test_what_its_own_flags_cannot_mean_is_refused_in_a_sentence(toy, tmp_path, more, sentence):
+    with pytest.raises(UserError) as error:
+        avjepa_lejepa.main(flags(toy, tmp_path / "run", "--steps", "1", *more))
+    assert str(error.value) == sentence and not (tmp_path / "run").exists()

@@ -1,0 +1,499 @@
+"""The data sets: one table of layouts and the rows that they must give, one of broken lists and the sentence
+about each."""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import datasets.kinetics
+from common import UserError
+from datasets import listing as listings
+
+IDS = ("-0RWZT-miFs", "YxYxYxYxYxY", "a_b_c_d_e_f", "__________Z", "YYYYYYYYYY_")      # YouTube ids
+HERE = "{folder}"                           # in a list: the folder that it lies in
+
+
+def put(folder, files):
+    """Write {path: text or bytes, None: no such file} below a folder."""
+    for path, content in files.items():
+        if content is not None:
+            path = folder / path.replace(HERE, str(folder))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                content = content.replace(HERE, str(folder)).encode()
+            path.write_bytes(content)
+    return folder
+
+
+def names(listing):
+    return [bytes(file).decode() for file in listing.files]
+
+
+def contents(listing):
+    """{file: its class, or a list of them}, by its flat labels."""
+    out = {}
+    for i, file in enumerate(names(listing)):
+        classes = []
+        if listing.labels is not None:
+            classes = [listing.classes[c] for c in listing.clip_labels(i)]
+        out[file] = classes if listing.multilabel else "".join(classes)
+    return out
+
+
+@dataclass
+class Layout:
+    """The files of a set, and the rows of its splits: {split: {file: its class, or a list of them}}."""
+    name: str
+    files: dict                         # path: content, of the lists; the clips of the rows are empty files
+    rows: dict
+    classes: list
+    missing: dict = field(default_factory=dict)
+    fold: dict = field(default_factory=dict)
+    held: dict = field(default_factory=dict)            # the official validation clips
+
+
+def lines(*rows):
+    return "".join(f"{row}\n" for row in rows)
+
+
+# --- AudioSet ---
+HEAD = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=22160\n# YTID, start, end, labels\n"
+AUDIOSET = {
+    "class_labels_indices.csv": lines(
+        'index,mid,display_name', '0,"/m/09x0r","Speech"', '1,"/m/05zppz","Male, man speaking"',
+        '2,"/m/03v3yw","Keys jangling"', '3,"/m/0k4j","Car"'),
+    "balanced_train_segments.csv": HEAD + lines(
+        f'{IDS[0]}, 420.000, 430.000, "/m/03v3yw,/m/0k4j"', f'{IDS[1]}, 40.000, 50.000, "/m/09x0r"',
+        'MISSINGMISS, 0.000, 10.000, "/m/0k4j"'),
+    "unbalanced_train_segments.csv": HEAD + lines(
+        f'{IDS[2]}, 30.000, 40.000, "/m/09x0r,/m/05zppz,/m/0k4j"', f'{IDS[3]}, 0.000, 10.000, "/m/05zppz"'),
+    "eval_segments.csv": HEAD + lines(
+        f'{IDS[4]}, 5.000, 15.000, "/m/03v3yw"', 'missingmiss, 1.000, 11.000, "/m/03v3yw"')}
+BALANCED = {f"balanced/0/Y{IDS[0]}.wav": ["Keys jangling", "Car"], f"{IDS[1]}_40.000.mp4": ["Speech"]}
+UNBALANCED = {
+    f"un/deep/er/{IDS[2]}_30000_40000.mp4": ["Speech", "Male, man speaking", "Car"],
+    f"un/{IDS[3]}.flac": ["Male, man speaking"]}
+EVAL = {f"eval/Y{IDS[4]}.wav": ["Keys jangling"]}
+OTHERS = {"notes.txt": "", "other.mp4": "", "Yunlisted00.wav": ""}
+
+
+def audioset(name, train, missing):
+    classes = ["Speech", "Male, man speaking", "Keys jangling", "Car"]
+    rows = {"train": train, "test": EVAL}
+    return Layout(name, AUDIOSET | OTHERS, rows, classes, {"train": missing, "test": 1})
+
+
+# --- VGGSound ---
+VGGSOUND = {
+    "train": {f"{IDS[0]}_000030.mp4": "playing drum kit, fast", f"deep/{IDS[2]}_000005.mp4": "cat purring"},
+    "test": {f"{IDS[1]}_000120.mp4": "dog barking"}}
+VGGSOUND_CSV = lines(f'{IDS[0]},30,"playing drum kit, fast",train', f"{IDS[1]},120,dog barking,test",
+                     f"{IDS[2]},5,cat purring,train", "MISSINGMISS,7,dog barking,train")
+TRAIN_CSV = lines(f'{IDS[0]}_000030.mp4,"playing drum kit, fast"', f"{IDS[2]}_000005.mp4,cat purring",
+                  "MISSINGMISS_000007.mp4,dog barking")
+
+
+def vggsound(**lists):
+    files = {f"{name}.csv": text for name, text in lists.items()} | {f"{IDS[4]}_000001.mp4": ""}
+    classes = ["cat purring", "dog barking", "playing drum kit, fast"]
+    return Layout("vggsound", files, VGGSOUND, classes, {"train": 1})
+
+
+# --- Kinetics: a clip of the official lists is found by its id and seconds, or else by its id alone ---
+OFFICIAL = ("label", "youtube_id", "time_start", "time_end", "split")
+MIXED = ("youtube_id", "is_cc", "label", "time_end", "time_start", "split")
+LABELS = ("playing, loudly", "abseiling", "abseiling", "playing, loudly", "zumba")   # zumba: the test alone
+KINETICS = {
+    "train": {f"{IDS[0]}_000000_000010.mp4": LABELS[0], f"train/x, y/{IDS[1]}_000010_000020.mkv": LABELS[1],
+              f"deep/er/{IDS[2]}.webm": LABELS[2]},
+    "test": {f"val/x/{IDS[3]}_000030_000040.mp4": LABELS[3], f"val/{IDS[4]}_000041_000051.mp4": LABELS[4]}}
+OTHER_SECONDS = {f"zz/{IDS[3]}_000031_000041.mp4": "", f"{IDS[3]}_40.000.mp4": "", "notes.txt": "x"}
+
+
+def official(numbers, columns):
+    """The official csv: clip n of IDS, from second 10 n on; and a clip that is not on disk."""
+    rows = [(LABELS[n], IDS[n], 10 * n, 10 * n + 10) for n in numbers]
+    rows.append(("abseiling", "MISSINGMISS", 1, 11))
+    out = [",".join(columns)]
+    for label, clip, start, end in rows:
+        row = dict(label=f'"{label}"', youtube_id=clip, time_start=start, time_end=end, split="x", is_cc=0)
+        out.append(",".join(str(row[c]) for c in columns))
+    return lines(*out)
+
+
+def kinetics_official(train, val, columns):
+    files = {train: official((0, 1, 2), columns), val: official((3, 4), columns), "test.csv": "youtube_id\n"}
+    classes = ["abseiling", "playing, loudly", "zumba"]
+    return Layout("kinetics400", files | OTHER_SECONDS, KINETICS, classes, {"train": 1, "test": 1})
+
+
+def kinetics_paths(end, a, b, c, classes):
+    """A list of paths and labels, split at its last space."""
+    train = lines(f"a b/a, b.mp4 {a}", f"./sub/b.mp4 {b}\r", "", f'"a c/c.mp4" {a}', f"gone.mp4 {a}",
+                  f"{HERE}/gone.mp4 {b}", f"{HERE}/é.mp4 {a}")
+    rows = {
+        "train": {"a b/a, b.mp4": a, "sub/b.mp4": b, "a c/c.mp4": a, f"{HERE}/é.mp4": a},
+        "test": {"c.mp4": c}}
+    files = {f"train.{end}": train, f"val.{end}": f"c.mp4\t{c}"}
+    return Layout("kinetics400", files, rows, classes, {"train": 2})
+
+
+def kinetics_folders(test):
+    rows = {"train": {"train/a/deep/2.mp4": "a", "train/b/1.mp4": "b"},
+            "test": {f"{test}/a/4.mp4": "a", f"{test}/c/3.mp4": "c"}}
+    files = {"train/loose.mp4": "", "other/d/5.mp4": "", "6.mp4": ""}
+    if test != "test":
+        files["test/e/7.mp4"] = ""
+    return Layout("kinetics400", files, rows, ["a", "b", "c"])
+
+
+# --- Something-Something v2 ---
+TEMPLATES = ("Holding [something] next to [something]", "Closing [something]", "Tearing [something] a bit")
+PLAIN = [template.replace("[", "").replace("]", "") for template in TEMPLATES]
+
+
+def ssv2_list(*numbers):
+    """Clip n has template n % 3."""
+    return json.dumps([{"id": str(100 + n), "template": TEMPLATES[n % 3], "label": "x"} for n in numbers])
+
+
+def ssv2_labels(*order):
+    """Template n has the number order[n]."""
+    return json.dumps({template: str(n) for template, n in zip(PLAIN, order)})
+
+
+def ssv2(stem):
+    files = {f"{stem}labels.json": ssv2_labels(2, 0, 1), f"{stem}train.json": ssv2_list(0, 1, 2),
+             f"{stem}validation.json": ssv2_list(3, 4), f"{stem}test.json": '[{"id": "100"}]'}
+    rows = {"train": {"20bn/100.webm": PLAIN[0], "101.webm": PLAIN[1]},
+            "test": {"v/w/103.mp4": PLAIN[0], "20bn/104.webm": PLAIN[1]}}
+    return Layout("ssv2", files, rows, [PLAIN[1], PLAIN[2], PLAIN[0]], {"train": 1})
+
+
+# --- sound alone ---
+ESC50 = {"audio/1-0-A-30.wav": "zebra", "audio/1-1-A-2.flac": "siren",
+         "audio/2-2-A-7.wav": "door", "audio/2-3-A-2.wav": "siren"}
+ESC50_CSV = lines(
+    "filename,fold,target,category,esc10", "1-0-A-30.wav,1,30,zebra,False", "1-1-A-2.wav,1,2,siren,False",
+    "2-2-A-7.wav,2,7,door,False", "2-9-A-7.wav,2,7,door,False", "2-3-A-2.wav,2,2,siren,False")
+SPEECH = {
+    "train": {"no/7_0.wav": "no", "no/8_0.wav": "no", "yes/7_0.wav": "yes", "yes/8_0.wav": "yes"},
+    "test": {"no/9_0.wav": "no"}}
+SPEECH_FILES = {
+    "validation_list.txt": lines("no/8_0.wav", "yes/8_0.wav", "yes/5_0.wav"),
+    "testing_list.txt": lines("no/9_0.wav", "yes/9_0.wav"),
+    "_background_noise_/tap.wav": "", "README.md": "", "loose.wav": ""}
+TRUTH = "FSD50K.ground_truth"
+FSD50K_FILES = {
+    f"{TRUTH}/vocabulary.csv": "0,Siren,/m/0\n1,Bark,/m/1\n2,Accordion,/m/2\n",
+    f"{TRUTH}/eval.csv": "fname,labels,mids\n200,Accordion,x\n201,Bark,x\n",
+    f"{TRUTH}/dev.csv": lines(
+        "fname,labels,mids,split", '100,"Siren,Bark",x,train', "101,Bark,x,val", "102,Bark,x,val",
+        "104,Siren,x,train")}
+FSD50K = {
+    "train": {"FSD50K.dev_audio/100.wav": ["Siren", "Bark"], "FSD50K.dev_audio/102.flac": ["Bark"],
+              "FSD50K.dev_audio/104.wav": ["Siren"]},
+    "test": {"FSD50K.eval_audio/200.wav": ["Accordion"]}}
+SPLITS = {
+    "train": {"train/cat/1.mp4": "cat", "train/dog/2.wav": "dog", "train/dog/x/3.mkv": "dog"},
+    "test": {"test/cat/4.mp4": "cat"}}
+FILES = {"a.mp4": "", "b c.wav": "", "ünïcode.MP4": ""}
+CLASSES_TXT = {"train.csv": "a.mp4 2\n", "val.csv": "b.mp4 0\n", "classes.txt": "zumba\na b\nabseiling \n"}
+
+LAYOUTS = {
+    "AudioSet-2M": audioset("audioset", UNBALANCED, 0),
+    "AudioSet-20K": audioset("audioset-20k", BALANCED, 1),
+    "AudioSet, both": audioset("audioset-full", UNBALANCED | BALANCED, 1),
+    "VGGSound, official": vggsound(vggsound=VGGSOUND_CSV),
+    "VGGSound with a header": vggsound(vggsound="youtube_id,start,label,split\n" + VGGSOUND_CSV),
+    "VGGSound, two lists": vggsound(train=TRAIN_CSV, test=f"{IDS[1]}_000120.mp4,dog barking\n"),
+    "Kinetics": kinetics_official("train.csv", "val.csv", OFFICIAL),
+    "Kinetics, other columns": kinetics_official("annotations/train.csv", "annotations/validate.csv", MIXED),
+    "Kinetics, two places": kinetics_official("train.txt", "annotations/validation.csv", OFFICIAL),
+    "Kinetics, paths and numbers": kinetics_paths("csv", "7", "0", "19", ["0", "7", "19"]),
+    "Kinetics, paths and words": kinetics_paths("txt", "b", "zumba", "a", ["a", "b", "zumba"]),
+    "Kinetics, classes.txt": Layout(
+        "kinetics400", CLASSES_TXT,
+        {"train": {"a.mp4": "abseiling"}, "test": {"b.mp4": "zumba"}}, ["zumba", "a b", "abseiling"]),
+    "Kinetics, one list": Layout("kinetics400", {"train.csv": "a.mp4 0\n"}, {"train": {"a.mp4": "0"}}, ["0"]),
+    "Kinetics, folders": kinetics_folders("val"),
+    "Kinetics, folders, validate": kinetics_folders("validate"),
+    "Kinetics, folders, validation": kinetics_folders("validation"),
+    "Kinetics, folders, test": kinetics_folders("test"),
+    "SSv2": ssv2("something-something-v2-"),
+    "SSv2, new names": ssv2(""),
+    "SSv2, own folder": ssv2("labels/something-something-v2-"),
+    "SSv2, new names, own folder": ssv2("labels/"),
+    "ESC-50": Layout(
+        "esc50", {"meta/esc50.csv": ESC50_CSV}, {"train": ESC50, "test": ESC50, "all": ESC50},
+        ["siren", "door", "zebra"], {"train": 1, "test": 1, "all": 1},
+        fold={"train": [1, 1, 2, 2], "test": [1, 1, 2, 2]}),
+    "Speech Commands": Layout(
+        "speechcommands", SPEECH_FILES, SPEECH, ["no", "yes"], {"train": 1, "test": 1},
+        held={"train": ["no/8_0.wav", "yes/8_0.wav"]}),
+    "FSD50K": Layout(
+        "fsd50k", FSD50K_FILES, FSD50K, ["Siren", "Bark", "Accordion"], {"train": 1, "test": 1},
+        held={"train": ["FSD50K.dev_audio/102.flac"]}),
+    "folder with splits": Layout(
+        "folder", {"test/dog/readme.txt": ""}, SPLITS | {"all": SPLITS["test"] | SPLITS["train"]},
+        ["cat", "dog"]),
+    "folder of files": Layout(
+        "folder", {"notes.txt": ""}, {"train": FILES, "test": FILES, "all": FILES}, [])}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_layout_gives_the_rows_that_lie_there(tmp_path, case):
+    """In the order of the list, whatever the files are called, with what is missing counted."""
+    layout = LAYOUTS[case]
+    put(tmp_path, layout.files)
+    splits = {}
+    for split, rows in layout.rows.items():
+        splits[split] = {file.replace(HERE, str(tmp_path)): label for file, label in rows.items()}
+        for file in splits[split]:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).touch()
+    for split, rows in splits.items():
+        listing = data.list_clips(layout.name, tmp_path, split)
+        missing = layout.missing.get(split, 0)
+        assert list(contents(listing).items()) == list(rows.items())
+        assert (listing.name, listing.classes, listing.missing) == (layout.name, layout.classes, missing)
+        assert all(Path(listing.path(i)).is_file() for i in range(len(rows)))
+        assert f"{len(rows)} clips found" in data.describe(listing)
+        assert (f"{missing} listed but missing" in data.describe(listing)) == (missing > 0)
+        if split in layout.fold:
+            assert listing.fold.tolist() == layout.fold[split]
+        assert held_files(listing) == layout.held.get(split, [])
+        check_targets(listing)
+    if "test" in splits and "all" not in splits:
+        both = data.list_clips(layout.name, tmp_path, "all")
+        assert contents(both) == splits["train"] | splits["test"]
+        assert (both.missing, both.seconds) == (sum(layout.missing.values()), data.SETS[layout.name].seconds)
+
+
+def held_files(listing):
+    if listing.held is None:
+        return []
+    return [names(listing)[i] for i in np.flatnonzero(listing.held)]
+
+
+def check_targets(listing):
+    """The class indices, or zeros and ones, against the flat labels."""
+    if listing.labels is None:
+        return
+    targets = listing.targets(range(len(listing)))
+    if listing.multilabel:
+        assert targets.shape == (len(listing), len(listing.classes)) and targets.dtype == torch.uint8
+        rows = [row.nonzero().flatten().tolist() for row in targets]
+    else:
+        rows = [[c] for c in targets.tolist()]
+    assert rows == [sorted(listing.clip_labels(i).tolist()) for i in range(len(listing))]
+
+
+def test_the_table_of_sets_says_what_each_lacks_and_its_test_views():
+    """The only place where a set's name stands: a name without an entry is no set."""
+    has = {name: entry.has for name, entry in data.SETS.items()}
+    assert {name for name in has if has[name] == ("audio",)} == {"esc50", "speechcommands", "fsd50k"}
+    assert {name for name in has if has[name] == ("video",)} == {"ssv2"}
+    longest = {name: entry.seconds for name, entry in data.SETS.items() if entry.seconds}
+    of_ten = ("audioset", "audioset-20k", "audioset-full", "vggsound", "kinetics400")
+    assert longest == dict.fromkeys(of_ten, 10.0) | {"esc50": 5.0, "speechcommands": 1.0}
+    views = {name: (entry.views, entry.crops) for name, entry in data.SETS.items() if entry.views}
+    assert views == {"kinetics400": (8, 3), "ssv2": (2, 3)}
+    assert {name: entry.covers for name, entry in data.SETS.items() if entry.covers} == {"fsd50k": 30.0}
+
+
+def test_a_set_that_lacks_what_a_method_needs_is_refused_in_a_sentence():
+    data.require("vggsound", ("video", "audio"), "")
+    data.require("esc50", ("audio",), "")
+    with pytest.raises(UserError, match="^--data esc50 has no pictures; use ajepa.py$"):
+        data.require("esc50", ("video", "audio"), "use ajepa.py")
+    with pytest.raises(UserError, match="^--data ssv2 has no sound; take another$"):
+        data.require("ssv2", ("audio",), "take another")
+    with pytest.raises(UserError, match="audioset2: not a data set; one of toy, audioset, .*folder"):
+        data.require("audioset2", (), "") or data.list_clips("audioset2", ".")
+
+
+@pytest.mark.parametrize("name", [name for name in data.SETS if name != "toy"])
+def test_a_data_set_without_a_folder_is_refused(name):
+    with pytest.raises(UserError, match=f"--data {name} needs --data-dir"):
+        data.list_clips(name)
+
+
+def test_a_subset_keeps_what_belongs_to_its_clips(tmp_path):
+    for case in ("ESC-50", "FSD50K"):
+        layout = LAYOUTS[case]
+        put(tmp_path, layout.files | dict.fromkeys(layout.rows["train"], ""))
+    folds = data.list_clips("esc50", tmp_path)
+    part = folds.subset([3, 0])
+    assert list(contents(part).items()) == [list(contents(folds).items())[i] for i in (3, 0)]
+    assert (part.fold.tolist(), part.held, part.seconds, part.classes) == ([2, 1], None, 5.0, folds.classes)
+    several = data.list_clips("fsd50k", tmp_path)
+    part = several.subset(np.array([1, 0]))
+    assert part.held.tolist() == [True, False] and part.multilabel and several.seconds is None
+    assert torch.equal(part.targets([0, 1]), several.targets([1, 0])) and len(several.subset([])) == 0
+
+
+@pytest.mark.parametrize("found, stems", [
+    ("abcdefghijk", ("abcdefghijk", "abcdefghijk_3_4", "abcdefghijk_3.0", "Yabcdefghijk", "Yabcdefghijk_3")),
+    ("Yabcdefghij", ("Yabcdefghij", "YYabcdefghij", "Yabcdefghij_3_4", "Yabcdefghij_3.0", "YYabcdefghij_3")),
+    ("-_________-", ("Y-_________-",)),
+    ("Yabcdefghi_", ("Yabcdefghi__30.0",)),
+    (None, ("__________", "abcdefghijkl", "Yabcdefghijkl"))])
+def test_a_youtube_id_is_read_from_each_form_of_a_name(found, stems):
+    for stem in stems:
+        index = listings.by_id([f"x/{stem}.mp4"])
+        assert index.get(found) == (f"x/{stem}.mp4" if found else None)
+        assert found or not index
+
+
+def test_a_list_of_absolute_paths_alone_searches_no_folder(tmp_path, monkeypatch):
+    put(tmp_path, {"clips/a.mp4": "", "train.csv": f"{HERE}/clips/a.mp4 0\n"})
+    monkeypatch.setattr(datasets.kinetics, "scan", None)
+    assert contents(data.list_clips("kinetics400", tmp_path)) == {f"{tmp_path}/clips/a.mp4": "0"}
+
+
+def test_a_folder_of_folders_is_split_the_same_way_each_time(tmp_path):
+    files = {}
+    for i in range(90):
+        label = ("cat", "dog", "owl")[i % 3]
+        files[f"{label}/{'deep/' if i % 2 else ''}{i:02d}.mp4"] = label
+    put(tmp_path / "one", dict.fromkeys(files, ""))
+    put(tmp_path / "two", dict.fromkeys(reversed(files), ""))
+    train = contents(data.list_clips("folder", tmp_path / "one", "train"))
+    test = contents(data.list_clips("folder", tmp_path / "one", "test"))
+    assert contents(data.list_clips("folder", tmp_path / "two", "train")) == train
+    assert not train.keys() & test.keys() and train | test == files
+    assert list(train) == sorted(train) and set(test.values()) == {"cat", "dog", "owl"}
+    assert 5 <= len(test) <= 35                                         # one in five
+    put(tmp_path / "one", {"cat/new.mp4": ""})                  # a new clip moves no other to the other side
+    assert contents(data.list_clips("folder", tmp_path / "one", "test")).items() >= test.items()
+
+
+def test_files_beside_labelled_folders_are_said_to_be_left_out_but_searched(tmp_path, capsys):
+    put(tmp_path / "clips", {f"dogs/{i}.mp4": "" for i in range(20)} | {"loose.mp4": ""})
+    put(tmp_path / "kinetics", {f"train/{file}": "" for file in ("a/1.mp4", "loose.mp4")})
+    assert len(data.list_clips("folder", tmp_path / "clips", "all")) == 21
+    counts = [len(data.list_clips("folder", tmp_path / "clips", split)) for split in ("train", "test")]
+    assert sum(counts) == 20 and "1 files beside the sub-folders" in capsys.readouterr().out
+    data.list_clips("kinetics400", tmp_path / "kinetics")
+    assert "train: 1 files beside the class folders" in capsys.readouterr().out
+
+
+def test_a_clip_of_any_name_can_be_read_from_the_current_folder_too(tmp_path, clips, monkeypatch):
+    stems = ("-0RWZT-miFs_000030", "a:b%20c d#1?", "ünï")
+    put(tmp_path, {f"{stem}.mp4": (clips / "silent.mp4").read_bytes() for stem in stems})
+    monkeypatch.chdir(tmp_path)
+    listing = data.list_clips("folder", ".")
+    assert len(listing) == 3
+    assert all(data.read_clip(listing.path(i), 0, 1, 1, 16)["has_video"] for i in range(3))
+
+
+# What is wrong: (set, split, sentence, files of some broken ones). What the set needs besides is in GOOD.
+GOOD = {
+    "audioset": AUDIOSET,
+    "ssv2": {
+        "labels.json": ssv2_labels(2, 0, 1), "train.json": ssv2_list(0, 1), "validation.json": ssv2_list(2)},
+    "speechcommands": {"validation_list.txt": "no/a.wav\n", "testing_list.txt": "no/b.wav\n"},
+    "fsd50k": {f"{TRUTH}/vocabulary.csv": "0,Siren,/m/0\n"}}
+SEGMENTS = "unbalanced_train_segments.csv"
+CLASSES = "class_labels_indices.csv"
+KINETICS_HEAD = ",".join(OFFICIAL) + "\n"
+ESC50_PATH = "meta/esc50.csv"
+ESC50_HEAD = "filename,fold,target,category\n"
+FSD50K_HEAD = "fname,labels,mids,split\n"
+
+
+def each(path, *contents):
+    return [{path: content} for content in contents]
+
+
+BROKEN = [
+    ("folder", "train", "no clip in .* for the train split", [{}, {"notes.txt": ""}, {"test/a/1.mp4": ""}]),
+    ("audioset", "train", f"{CLASSES}: there is no such file", each(CLASSES, None)),
+    ("audioset", "train", f"{SEGMENTS}: there is no such file", each(SEGMENTS, None)),
+    ("audioset", "train", "the list is empty", each(SEGMENTS, "", "# only\n# a\n# comment\n\n")),
+    ("audioset", "train", "unknown class '/m/x'", each(SEGMENTS, 'abcdefghijk, 0.0, 10.0, "/m/0k4j,/m/x"\n')),
+    ("audioset", "train", "not of AudioSet's form", each(SEGMENTS, "abcdefghijk, 0.000\n")),
+    ("audioset", "train", "not of AudioSet's form", each(CLASSES, "index,mid,name\nzero,/m/0k4j,Car\n")),
+    ("audioset", "train", "unknown class", each(CLASSES, "index,mid,display_name\n")),
+    ("audioset", "train", "none of the 1 listed clips", each(SEGMENTS, 'MISSINGMISS, 0, 10, "/m/0k4j"\n')),
+    ("vggsound", "train", "train.csv: there is no such file", [{}]),
+    ("vggsound", "train", "the list is empty", each("vggsound.csv", "")),
+    ("vggsound", "train", "none of the 1 listed clips", each("vggsound.csv", "abcdefghijk,30,dog,train\n")),
+    ("vggsound", "train", "the four fields id, start .whole",
+     each("vggsound.csv", "abcdefghijk,30,dog\n", "abcdefghijk,thirty,dog,train\n")),
+    ("vggsound", "train", "UTF-8", each("vggsound.csv", b"abcdefghijk,30,caf\xe9,train\n")),
+    ("vggsound", "train", "the two fields", [{"train.csv": "a.mp4,dog\n", "test.csv": "b.mp4\n"}]),
+    ("kinetics400", "train", "neither lists .* nor class folders", [{}, {"a.mp4": ""}]),
+    ("kinetics400", "test", "no clip in .* for the test split", each("train/a/1.mp4", "")),
+    ("kinetics400", "train", "/train.csv: there is no such file; put the list .* beside val.csv",
+     each("val.csv", "a.mp4 0\n")),
+    ("kinetics400", "all", "annotations/val.txt: there is no such file",
+     [{"annotations/train.txt": "a.mp4 0\n", "a.mp4": ""}]),
+    ("kinetics400", "train", "train.csv: the list is empty", each("train.csv", "")),
+    ("kinetics400", "train", "train.csv: .* nothing but its header", each("train.csv", KINETICS_HEAD)),
+    ("kinetics400", "train", "train.csv: .* lacks one of the columns label, youtube_id, time_start",
+     each("train.csv", "label,youtube_id,split\na,b,train\n", KINETICS_HEAD + "a,abcdefghijk\n")),
+    ("kinetics400", "train", "train.csv: a time is not a number",
+     each("train.csv", *(f"{KINETICS_HEAD}a,abcdefghijk,1,{time},x\n" for time in ("ten", "nan", "inf")))),
+    ("kinetics400", "train", "none of the 1 listed clips",
+     each("train.csv", KINETICS_HEAD + "a,abcdefghijk,10,20,x\n", "a.mp4 0\n")),
+    ("kinetics400", "train", "train.csv: neither begins .* the path of a clip and a label",
+     each("train.csv", "a.mp4\n", "a.mp4 0\nwith space/b.mp4\n")),
+    ("kinetics400", "train", "train.csv: .* UTF-8", each("train.csv", b"\xff\xfe\x00")),
+    ("kinetics400", "train", "train.csv: some labels are whole numbers and others are not",
+     [{"train.csv": "a.mp4 0\n", "val.txt": "b.mp4 dog\n"}]),
+    ("kinetics400", "train", "classes.txt: has 2 names, but the lists hold the label 3",
+     [{"train.csv": "a.mp4 3\n", "classes.txt": "a\nb\n"}]),
+    ("kinetics400", "train", "classes.txt: the list is empty",
+     [{"train.csv": "a.mp4 0\n", "annotations/classes.txt": ""}]),
+    ("ssv2", "train", "v2-labels.json: there is no such file; .* into labels/", each("labels.json", None)),
+    ("ssv2", "train", "v2-train.json: there is no such file", each("train.json", None)),
+    ("ssv2", "test", "v2-validation.json: there is no such file", each("validation.json", None)),
+    ("ssv2", "train", "train.json: cannot be read as json",
+     each("train.json", "", "[{", b"\xff\xfe\x00", "[" * 10 ** 5)),
+    ("ssv2", "train", "train.json: the list is empty", each("train.json", "[]")),
+    ("ssv2", "train", "labels.json: the list is empty", each("labels.json", "{}")),
+    ("ssv2", "train", "labels.json: does not give each template a number", each(
+        "labels.json", '["Closing something"]', '{"Closing something": "one"}', '{"Closing something": null}',
+        ssv2_labels(0, 1, 3), ssv2_labels(0, 1, 1))),
+    ("ssv2", "train", "train.json: is not a list of entries with an id", each(
+        "train.json", '[{"id": "100"}]', '{"id": "1", "template": "x"}', "3", '[{"id": 1, "template": 3}]')),
+    ("ssv2", "test", "validation.json: unknown template 'Juggling a b'",
+     each("validation.json", '[{"id": "1", "template": "Juggling [a b]"}]')),
+    ("ssv2", "train", "none of the 2 listed clips", [{}]),
+    ("esc50", "all", "esc50.csv: there is no such file", [{}]),
+    ("esc50", "test", "the list is empty", each(ESC50_PATH, "")),
+    ("esc50", "train", "lacks one of the columns", each(ESC50_PATH, "fold\n1\n", ESC50_HEAD + "a,1\n")),
+    ("esc50", "train", "not a whole number", each(ESC50_PATH, ESC50_HEAD + "a.wav,one,0,dog\n")),
+    ("esc50", "train", "a target has two categories, or two targets the same one", each(
+        ESC50_PATH, ESC50_HEAD + "a,1,0,dog\nb,1,0,cat\n", ESC50_HEAD + "a,1,0,dog\nb,1,1,dog\n")),
+    ("esc50", "train", "none of the 1 listed", each(ESC50_PATH, ESC50_HEAD + "a.wav,1,0,dog\n")),
+    ("speechcommands", "train", "testing_list.txt: there is no such file", each("testing_list.txt", None)),
+    ("speechcommands", "test", "word/file.wav", each("testing_list.txt", "yes\n")),
+    ("speechcommands", "train", "UTF-8", each("validation_list.txt", b"\xff\xfe\x00")),
+    ("fsd50k", "train", "index,label,mid", each(
+        f"{TRUTH}/vocabulary.csv", "Siren\n", "0,Siren,/m/0\n2,Bark,/m/1\n")),
+    ("fsd50k", "train", "unknown class 'Cough'", each(f"{TRUTH}/dev.csv", FSD50K_HEAD + "1,Cough,x,train\n")),
+    ("fsd50k", "train", "lacks one of the columns", each(f"{TRUTH}/dev.csv", "fname,labels\n1,Siren\n")),
+    ("fsd50k", "train", "neither train nor val", each(f"{TRUTH}/dev.csv", FSD50K_HEAD + "1,Siren,x,test\n"))]
+
+
+@pytest.mark.parametrize("case", range(len(BROKEN)))
+def test_what_is_wrong_with_a_data_set_is_said_in_one_sentence(tmp_path, case):
+    name, split, sentence, broken = BROKEN[case]
+    for n, files in enumerate(broken):
+        put(tmp_path / str(n), GOOD.get(name, {}) | files)
+        (tmp_path / str(n)).mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=sentence) as error:
+            data.list_clips(name, tmp_path / str(n), split)
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--data-dir .*: there is no such folder"):
+        data.list_clips("folder", tmp_path / "none")

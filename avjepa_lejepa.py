@@ -96,6 +96,7 @@ def get_args(argv=None):
     recipe["local"] = args.local
     common.check_range("--lam", recipe["lam"], 0, 1)
     common.check_range("--frames", recipe["frames"], 1, 4096)
+    common.check_range("--mel-mean", recipe["mel_mean"], -1e6, 1e6)
     common.check_range("--mel-std", recipe["mel_std"], 1e-6, 1e6)
     return args, recipe
 

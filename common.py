@@ -457,6 +457,10 @@ def weight_decay_groups(module, weight_decay):
 # 4. A checkpoint's encoder
 # ----------------------------------------------------------------------------------------------------------
 
+# of a checkpoint, beside its method and version
+KEYS = {"step", "args", "recipe", "inputs", "encoder", "projector", "cross", "model", "optimizer"}
+
+
 def load_checkpoint(path, method=None):
     """The dict of a run's latest.pt, on the CPU. path: the file, or the folder of the run; method: the name
     of the one that it must be of. Raises UserError if it is missing, cut off, or of another method or
@@ -467,6 +471,10 @@ def load_checkpoint(path, method=None):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["method"]
+        if isinstance(found, dict):
+            missing = KEYS - content.keys() | {"name", "title", "weights"} - found.keys()
+            if missing:
+                raise KeyError(f"without {', '.join(sorted(missing))}")
     except Exception as e:                             # torch raises half a dozen kinds for a damaged file
         raise UserError(f"{path}: cannot be read as a checkpoint of ours ({type(e).__name__}); it is cut "
                         "off, or something else wrote it") from None
@@ -602,15 +610,21 @@ def end_workers():
 def main_guard(main):
     """Run a script's main(): bad input ends with its sentence and exit code 2, a signal that nobody handles
     without a traceback."""
+    code = 0
     try:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except SystemExit as e:
+        code = e.code
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     finally:
         end_workers()
+        # by now main's frame is gone, and DDP with it: a group that a model still holds hangs here
         if dist.is_initialized():
             dist.destroy_process_group()
+    if code:
+        sys.exit(code)

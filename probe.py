@@ -690,16 +690,16 @@ def run_cached(protocol, views, encoder, train, test, process, workers):
 # The small table at the end of a toy run
 # ----------------------------------------------------------------------------------------------------------
 
-def toy_report(out, data_dir, process, workers):
+def toy_report(out, data_dir, process, workers, name="toy"):
     """Linear probes for audio, video and both, and retrieval over all held-out clips: of the trained encoder,
     the same encoder untrained, the raw input, and chance. Prints the table, writes it to results.json in the
     run's folder `out`, and returns it."""
     began = time.time()
-    train = data.list_clips("toy", data_dir, "train")
-    test = data.list_clips("toy", data_dir, "test")
+    train = data.list_clips(name, data_dir, "train")
+    test = data.list_clips(name, data_dir, "test")
     encoders = {}
-    for name in ("trained", "untrained"):
-        encoders[name] = common.load_encoder(out, process.device, name == "untrained", cross=True)
+    for state in ("trained", "untrained"):
+        encoders[state] = common.load_encoder(out, process.device, state == "untrained", cross=True)
     trained = encoders["trained"]
     inputs = data.Inputs(**trained.inputs)
     modalities = [m for m, keys in MODALITIES.items() if set(keys) <= set(trained.vit.grids)]

@@ -518,8 +518,12 @@ class Run:
         self.alarmed = {}                              # {alarm: the step at which it last was}
         if self.process.main:
             self.rows = [row for row in read_log(self.out) if row["step"] < self.start]
-            (self.out / "results.json").unlink(missing_ok=True)
-            (self.out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            try:
+                (self.out / "results.json").unlink(missing_ok=True)
+                (self.out / "log.jsonl").write_text(text)
+            except OSError as e:
+                raise UserError(f"{self.out}/log.jsonl: cannot be written ({e.strerror})") from None
         if self.rows:
             self.alarmed = dict.fromkeys(alarms(self.rows, self.warmup), self.start)
         self.noted = []
@@ -681,7 +685,8 @@ class Run:
     # -- after the loop ------------------------------------------------------------------------------------
 
     def finish(self, report):
-        """The curves, and for the toy data the table: report(folder, data folder, process, workers)."""
+        """The curves, and for a set that we make ourselves the table: report(folder, data folder, process,
+        workers, set)."""
         self.stop.release()
         self.pool.shutdown()
         self.batches = None                            # ends the data workers
@@ -691,7 +696,7 @@ class Run:
         draw_curves(self.out / "curves.png", {"": read_log(self.out)}, title)
         print(f"trained {self.total:,} steps: {self.out}/latest.pt, log.jsonl, curves.png")
         if self.made:
-            report(self.out, self.args.data_dir, self.process, self.workers)
+            report(self.out, self.args.data_dir, self.process, self.workers, self.args.data)
 
 
 def set_lr(optimizer, lr):

@@ -12,6 +12,7 @@ into --out; numbers into a row of visualize.jsonl there. Attention, PCA and map 
 (its last three sections).
 """
 import argparse
+import contextlib
 import csv
 import functools
 import io
@@ -966,7 +967,7 @@ def curves(args):
         if not any(set(row) - {"step"} for row in rows):
             raise UserError(f"{folder}: has no log.jsonl with a row in it; give the folder of a run")
         label = f"{folder}, step {rows[-1]['step'] + 1:,}"
-        if (Path(folder) / "latest.pt").is_file():
+        with contextlib.suppress(UserError):            # no checkpoint, or one of an older version
             content = common.load_checkpoint(folder)
             label = f"{content['method']['title']}, {content['args']['data']}, {label}"
         runs[label] = rows

@@ -1,5 +1,17 @@
 """Small real clips, H.264 + AAC, written once, and the helpers that read back what was put into them."""
-import json, multiprocessing, os, random, runpy, signal, socket, subprocess, sys, tempfile, time, traceback
+import heapq
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import common
 import data
+import run
 
 import av
 import numpy as np
@@ -17,37 +30,49 @@ import torch
 
 torch.set_num_threads(1)
 
-RATES = {"24": Fraction(24), "25": Fraction(25), "29.97": Fraction(30000, 1001), "30": Fraction(30)}    # frames per second
+RATES = {"24": Fraction(24), "25": Fraction(25), "29.97": Fraction(30000, 1001), "30": Fraction(30)}
 MOMENTS = (0.4, 2.7, 5.3, 7.2)                          # seconds at which a clock clip flashes and clicks
 
 
-def write(path, frames=None, wave=None, fps=25, rate=16000, gop=25, video="libx264", audio="aac", pixels="yuv420p", options=None):
-    """A clip by PyAV alone, independent of data.write_clip, with a key frame at least every `gop` frames. Returns the path."""
+def pictures(stream, frames, fps):
+    """(time, stream, frame) of each frame."""
+    for n, frame in enumerate(frames):
+        yield n / fps, stream, av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+
+
+def sounds(stream, wave, rate, layout):
+    """(time, stream, frame) of every 1,024 samples."""
+    for start in range(0, wave.shape[1], 1024):
+        samples = np.ascontiguousarray(wave[:, start:start + 1024])
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+        frame.sample_rate = rate
+        frame.pts = start
+        yield start / rate, stream, frame
+
+
+def write(path, frames=None, wave=None, fps=25, rate=16000, gop=25, video="libx264", audio="aac",
+          pixels="yuv420p", options=None):
+    """A clip by PyAV alone, independent of data.write_clip, with a key frame at least every `gop` frames,
+    pictures and sound in the order of their times, as recorders do. Returns the path."""
+    tracks = []
     with av.open(str(path), "w", options=options or {}) as container:
         if frames is not None:
-            coding = {"preset": "veryfast", "crf": "18", "g": str(gop), "x264-params": "mbtree=0"}          # mbtree is not repeatable
-            picture = container.add_stream(video, rate=fps, options=coding)
-            picture.height, picture.width, picture.pix_fmt = *frames[0].shape[:2], pixels
-            picture.codec_context.thread_count = 1
+            coding = {"preset": "veryfast", "crf": "18", "g": str(gop), "x264-params": "mbtree=0"}
+            stream = container.add_stream(video, rate=fps, options=coding)      # mbtree is not repeatable
+            stream.height, stream.width = frames[0].shape[:2]
+            stream.pix_fmt = pixels
+            stream.codec_context.thread_count = 1
+            tracks.append(pictures(stream, frames, fps))
         if wave is not None:
             wave = np.atleast_2d(wave).astype(np.float32)
             layout = {1: "mono", 2: "stereo"}[len(wave)]
-            sound = container.add_stream(audio, rate=rate, layout=layout)
+            stream = container.add_stream(audio, rate=rate, layout=layout)
             if audio == "aac":
-                sound.bit_rate = 96_000 * len(wave)
-        # by time, as recorders do: half a second of picture, half a second of sound
-        done_p = done_s = 0
-        total_p, total_s = 0 if frames is None else len(frames), 0 if wave is None else wave.shape[1]
-        while done_p < total_p or done_s < total_s:
-            if done_s >= total_s or done_p < total_p and done_p / fps <= done_s / rate:
-                container.mux(picture.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[done_p]), format="rgb24")))
-                done_p += 1
-            else:
-                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[:, done_s:done_s + 1024]), format="fltp", layout=layout)
-                frame.sample_rate, frame.pts = rate, done_s
-                container.mux(sound.encode(frame))
-                done_s += 1024
-        for stream in ([picture] if total_p else []) + ([sound] if total_s else []):
+                stream.bit_rate = 96_000 * len(wave)
+            tracks.append(sounds(stream, wave, rate, layout))
+        for _, stream, frame in heapq.merge(*tracks, key=lambda item: item[0]):
+            container.mux(stream.encode(frame))
+        for stream in container.streams:
             container.mux(stream.encode(None))
     return path
 
@@ -56,30 +81,42 @@ FORK = multiprocessing.get_start_method() == "fork" and not torch.cuda.is_availa
 
 
 def command(words, cwd, ranks=1, seconds=120):
-    """A command line in a process of its own, as subprocess.run has it. Where that is safe, python SCRIPT is forked off this one, which
-    has torch already: three seconds less for each. ranks: as many processes, with the environment that torchrun sets."""
+    """A command line in a process of its own, as subprocess.run has it. Where that is safe, python SCRIPT is
+    forked off this one, which has torch already: three seconds less for each. ranks: as many processes, with
+    the environment that torchrun sets."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         if FORK and words[0] == sys.executable and words[1].endswith(".py"):
             code = fork(words[1:], cwd, out, err, ranks, seconds)
         else:
             env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             code = subprocess.run(words, cwd=cwd, stdout=out, stderr=err, timeout=seconds, env=env).returncode
-        shown = [(f.seek(0), f.read().decode(errors="replace"))[1] for f in (out, err)]
+        shown = []
+        for file in (out, err):
+            file.seek(0)
+            shown.append(file.read().decode(errors="replace"))
     return subprocess.CompletedProcess(words, code, *shown)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
 
 
 def fork(argv, cwd, out, err, ranks, seconds):
     """The first exit code that is not 0; the other ranks, which would wait for that one, are then ended."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks),
-                 "LOCAL_WORLD_SIZE": str(ranks)}
-    left, code, until = [], 0, time.time() + seconds
-    sys.stdout.flush(), sys.stderr.flush()
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+    world["LOCAL_WORLD_SIZE"] = world["WORLD_SIZE"]
+    left = []
+    code = 0
+    until = time.time() + seconds
+    sys.stdout.flush()
+    sys.stderr.flush()
     for rank in range(ranks):
         left.append(os.fork())
         if left[-1] == 0:
-            os.environ.update({**where, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            if ranks > 1:
+                os.environ.update({**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             forked(argv, cwd, out, err)
     try:
         while left and code == 0:
@@ -92,7 +129,8 @@ def fork(argv, cwd, out, err, ranks, seconds):
             time.sleep(0.02)
     finally:
         for pid in left:
-            os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     return code
 
 
@@ -101,8 +139,12 @@ def forked(argv, cwd, out, err):
     code = 1
     try:
         multiprocessing.process._children.clear()               # those of the other process
-        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2), os.chdir(cwd)
-        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), argv
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        os.chdir(cwd)
+        sys.stdout = open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", closefd=False)
+        sys.argv = argv
         runpy.run_path(argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
@@ -111,7 +153,9 @@ def forked(argv, cwd, out, err):
         traceback.print_exc()
     finally:
         try:
-            sys.stdout.flush(), sys.stderr.flush(), common.end_workers()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            common.end_workers()
         finally:
             os._exit(code)
 
@@ -121,17 +165,20 @@ def tone(frequency, seconds, rate=16000, amplitude=0.5):
 
 
 def numbered(n, flash=False, height=48, width=64):
-    """Frame number n < 256 as brightness: the lower left quarter holds n % 16, the lower right one n // 16. The upper half is
-    black, or white for a flash."""
+    """Frame number n < 256 as brightness: the lower left quarter holds n % 16, the lower right one n // 16.
+    The upper half is black, or white for a flash."""
     frame = np.full((height, width, 3), 255 * flash, np.uint8)
-    frame[height // 2:, :width // 2], frame[height // 2:, width // 2:] = n % 16 * 16 + 8, n // 16 * 16 + 8
+    frame[height // 2:, :width // 2] = n % 16 * 16 + 8
+    frame[height // 2:, width // 2:] = n // 16 * 16 + 8
     return frame
 
 
 def read_number(picture):
     """The number that `numbered` put into a picture of any size."""
     h, w = picture.shape[:2]
-    left, right = (picture[5 * h // 8:7 * h // 8, a * w // 8:(a + 2) * w // 8].mean() for a in (1, 5))
+    rows = picture[5 * h // 8:7 * h // 8]
+    left = rows[:, w // 8:3 * w // 8].mean()
+    right = rows[:, 5 * w // 8:7 * w // 8].mean()
     return round((left - 8) / 16) + 16 * round((right - 8) / 16)
 
 
@@ -141,11 +188,12 @@ def read_flash(picture):
 
 def clock(path, fps, seconds=8.0, rate=16000, **how):
     """A clip whose frames are numbered, and which flashes for one frame and clicks at the same MOMENTS."""
-    starts = [round(m * fps) for m in MOMENTS]                      # the frames that flash; the clicks come at their times
+    starts = [round(m * fps) for m in MOMENTS]         # the frames that flash; the clicks come at their times
     wave = np.zeros(round(seconds * rate))
     for n in starts:
         wave[round(n / fps * rate):][:rate // 1000] = 0.9
-    return write(path, [numbered(n, n in starts) for n in range(int(seconds * fps))], wave, fps, rate, **how)
+    frames = [numbered(n, n in starts) for n in range(int(seconds * fps))]
+    return write(path, frames, wave, fps, rate, **how)
 
 
 def weights(out):
@@ -160,6 +208,27 @@ def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return all(same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, (list, tuple)) else a == b
+
+
+CPU = run.Process(torch.device("cpu"))                 # without bf16, whatever the machine has
+
+
+def names(listing):
+    """The files of a listing."""
+    return [bytes(file).decode() for file in listing.files]
+
+
+def last_row(folder, file="probe.jsonl"):
+    return json.loads((Path(folder) / file).read_text().splitlines()[-1])
+
+
+def fails(function, *args, match=None, error=common.UserError, **more):
+    """The message of the error that the call raises: one sentence, on one line."""
+    with pytest.raises(error, match=match) as e:
+        function(*args, **more)
+    message = str(e.value)
+    assert message and "\n" not in message
+    return message
 
 
 class StopAfter:
@@ -211,25 +280,42 @@ def write_checkpoint(folder, video=True, audio=True, cross=(), projector=None, s
 
 @pytest.fixture(autouse=True)
 def seeded():
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def handlers():
+    """Python's own signal handlers; afterwards those that were there before."""
+    own = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    yield own
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
 def clocks(tmp_path_factory):
-    """{name: path} of 8-second clock clips: one for each of RATES (the sound at 16, 44.1 or 48 kHz), and two other containers,
-    whose timestamps begin at 7.3 seconds."""
-    folder, sound = tmp_path_factory.mktemp("clocks"), {"24": 48000, "25": 16000, "29.97": 44100, "30": 48000}
-    clips = {name: clock(folder / f"{name}.mp4", fps, rate=sound[name]) for name, fps in RATES.items()}
-    late = dict(rate=44100, options={"output_ts_offset": "7.3"})
-    return clips | {end: clock(folder / f"25.{end}", RATES["25"], **late) for end in ("mkv", "ts")}
+    """{name: path} of 8-second clock clips: one for each of RATES (the sound at 16, 44.1 or 48 kHz), and two
+    other containers, whose timestamps begin at 7.3 seconds."""
+    folder = tmp_path_factory.mktemp("clocks")
+    made = {}
+    for (name, fps), rate in zip(RATES.items(), (48000, 16000, 44100, 48000)):
+        made[name] = clock(folder / f"{name}.mp4", fps, rate=rate)
+    for end in ("mkv", "ts"):
+        late = {"output_ts_offset": "7.3"}
+        made[end] = clock(folder / f"25.{end}", RATES["25"], rate=44100, options=late)
+    return made
 
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
-    """A folder with 8 seconds of the same numbered frames at 25 fps and 1 kHz tone: good.mp4, silent.mp4, sound.mp4, .wav and
-    .flac; fast.mp4 is good.mp4 with its index in front."""
+    """A folder with 8 seconds of the same numbered frames at 25 fps and 1 kHz tone: good.mp4, silent.mp4,
+    sound.mp4, .wav and .flac; fast.mp4 is good.mp4 with its index in front."""
     folder = tmp_path_factory.mktemp("clips")
-    frames, wave = [numbered(n) for n in range(200)], tone(1000, 8)
+    frames = [numbered(n) for n in range(200)]
+    wave = tone(1000, 8)
     write(folder / "good.mp4", frames, wave)
     write(folder / "fast.mp4", frames, wave, options={"movflags": "faststart"})
     write(folder / "silent.mp4", frames)
@@ -242,7 +328,8 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A toy world of 24 training and 16 test clips that scripts take for the whole one."""
-    whole, folder = dict(data.TOY), tmp_path_factory.mktemp("world") / "toy"
+    whole = dict(data.TOY)
+    folder = tmp_path_factory.mktemp("world") / "toy"
     try:
         data.TOY.update(train=24, test=16)
         data.make_toy(folder)

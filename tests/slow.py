@@ -2,6 +2,8 @@
 import itertools
 import math
 
+import run
+
 import numpy as np
 import torch
 
@@ -149,6 +151,14 @@ def maps(index, grids):
     return {name: part.reshape(-1, *grid) for (name, grid), part in zip(grids.items(), parts)}
 
 
+def placements(grid, size):
+    """Each place of a block: (places, rows, columns) bool."""
+    out = np.zeros((grid[0] - size[0] + 1, grid[1] - size[1] + 1, *grid), bool)
+    for top, left in np.ndindex(out.shape[:2]):
+        out[top, left, top:top + size[0], left:left + size[1]] = True
+    return out.reshape(-1, *grid)
+
+
 def is_uniform(x, low, high):
     """Kolmogorov and Smirnov: the distance from U[low, high] is one that 999 of 1,000 samples stay under."""
     x = (np.sort(np.ravel(x)) - low) / (high - low)
@@ -169,10 +179,83 @@ def mel_filters(inputs):
 
 
 def mel_power(wave, inputs):
-    """(F, T) float64: frames centred on multiples of the hop, a Hann window in the middle, |DFT| squared."""
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(inputs.win_length) / inputs.win_length)
+    """(F, T) float64: frames centred on multiples of the hop, a window in the middle, |DFT| squared."""
+    mean = {"hann": 0.5, "hamming": 0.54}[inputs.window]
+    window = mean - (1 - mean) * np.cos(2 * np.pi * np.arange(inputs.win_length) / inputs.win_length)
     window = np.pad(window, (inputs.n_fft - inputs.win_length) // 2)
     padded = np.pad(np.asarray(wave, np.float64), inputs.n_fft // 2, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, inputs.n_fft)[::inputs.hop]
     power = np.abs(np.fft.rfft(frames * window, axis=1)) ** 2                   # (T, n_fft / 2 + 1)
     return mel_filters(inputs) @ power.T
+
+
+# ---- small models, runs and calls ------------------------------------------------------------------------
+
+SMALL = dict(                                          # grids of (2, 4, 4) and (3, 5)
+    size="nano", seconds=0.8, video_seconds=0.8, frames=4, stride=2, image=16, tubelet=(2, 4, 4),
+    n_mels=12, columns=20, mel_patch=(4, 4), audio_block=(2, 3), levels=3, pred_dim=32, pred_depth=2)
+
+
+def recipe_of(script, *flags):
+    """The paper's recipe with some flags."""
+    return script.get_args(["--data", "audioset", "--data-dir", "x", *map(str, flags)])[1]
+
+
+def small_model(script, *flags):
+    """(a small model whose teacher has other weights than its student, its recipe)"""
+    recipe = recipe_of(script, *flags)
+    recipe |= {name: value for name, value in SMALL.items() if name in recipe}
+    torch.manual_seed(0)
+    return shake(script.make_model(recipe, script.make_inputs(recipe))), recipe
+
+
+def small_batch(count):
+    return {"video": random(count, 3, 4, 16, 16), "audio": random(count, 1, 12, 20, seed=100)}
+
+
+def record(patch, owner, name):
+    """[(arguments, result)] of all calls of a function from now on."""
+    calls = []
+    real = getattr(owner, name)
+
+    def spy(*args, **more):
+        calls.append((args, real(*args, **more)))
+        return calls[-1][1]
+
+    patch.setattr(owner, name, spy)
+    return calls
+
+
+def train(script, toy, out, *flags):
+    """A small run on the training clips of the toy world as a folder: without the table at the end."""
+    where = f"--data folder --data-dir {toy}/train --out {out} --device cpu --workers 0 --log-every 1"
+    script.main([*where.split(), *"--recipe toy --size nano --batch-size 4".split(), *map(str, flags)])
+
+
+def quicken(patch, script):
+    """The statistics of the mel over four clips, and no curves."""
+    patch.setitem(script.RECIPE, "stats_clips", (4, 4, ""))
+    patch.setattr(run, "draw_curves", lambda *args: None)
+
+
+def single_steps(patch, script, loss, steps, toy, out, *flags):
+    """These steps alone of a run, with large gradients: for each its row of the log, (rate, decay) of the
+    matrices and of the rest, and the norm of the gradient that the optimiser is given."""
+    found = []
+    real = torch.optim.AdamW.step
+    plain = getattr(script, loss)
+
+    def spy(optimizer):
+        groups = optimizer.param_groups
+        grads = [p.grad.norm() for group in groups for p in group["params"]]
+        rates = [(group["lr"], group["weight_decay"]) for group in groups]
+        found.append((*rates, torch.stack(grads).norm().item()))
+        return real(optimizer)
+
+    patch.setattr(torch.optim.AdamW, "step", spy)
+    patch.setattr(run.Run, "steps", lambda self: iter(steps))
+    patch.setattr(script, loss, lambda *args: 1e4 * plain(*args))
+    train(script, toy, out, *flags)
+    rows = run.read_log(out)
+    assert [row["step"] for row in rows] == list(steps)
+    return [(row, *step) for row, step in zip(rows, found, strict=True)]

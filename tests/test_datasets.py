@@ -1,5 +1,5 @@
-"""The data sets: one table of layouts and the rows that they must give, one of broken lists and the sentence
-about each."""
+"""The data sets: a table of layouts and the rows that they must give, and one of broken lists."""
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,23 +37,21 @@ def contents(listing):
     """{file: its class, or a list of them}, by its flat labels."""
     out = {}
     for i, file in enumerate(names(listing)):
-        classes = []
-        if listing.labels is not None:
-            classes = [listing.classes[c] for c in listing.clip_labels(i)]
+        numbers = () if listing.labels is None else listing.clip_labels(i)
+        classes = [listing.classes[c] for c in numbers]
         out[file] = classes if listing.multilabel else "".join(classes)
     return out
 
 
 @dataclass
 class Layout:
-    """The files of a set, and the rows of its splits: {split: {file: its class, or a list of them}}."""
     name: str
     files: dict                         # path: content, of the lists; the clips of the rows are empty files
-    rows: dict
+    rows: dict                          # split: {file: its class, or a list of them}
     classes: list
     missing: dict = field(default_factory=dict)
-    fold: dict = field(default_factory=dict)
-    held: dict = field(default_factory=dict)            # the official validation clips
+    fold: list | None = None            # in each split
+    held: tuple = ()                    # the official validation clips, in the training split
 
 
 def lines(*rows):
@@ -62,29 +60,31 @@ def lines(*rows):
 
 # --- AudioSet ---
 HEAD = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=22160\n# YTID, start, end, labels\n"
+CLASSES = "class_labels_indices.csv"
+SEGMENTS = "unbalanced_train_segments.csv"
 AUDIOSET = {
-    "class_labels_indices.csv": lines(
+    CLASSES: lines(
         'index,mid,display_name', '0,"/m/09x0r","Speech"', '1,"/m/05zppz","Male, man speaking"',
         '2,"/m/03v3yw","Keys jangling"', '3,"/m/0k4j","Car"'),
-    "balanced_train_segments.csv": HEAD + lines(
-        f'{IDS[0]}, 420.000, 430.000, "/m/03v3yw,/m/0k4j"', f'{IDS[1]}, 40.000, 50.000, "/m/09x0r"',
-        'MISSINGMISS, 0.000, 10.000, "/m/0k4j"'),
-    "unbalanced_train_segments.csv": HEAD + lines(
+    SEGMENTS: HEAD + lines(
         f'{IDS[2]}, 30.000, 40.000, "/m/09x0r,/m/05zppz,/m/0k4j"', f'{IDS[3]}, 0.000, 10.000, "/m/05zppz"'),
     "eval_segments.csv": HEAD + lines(
         f'{IDS[4]}, 5.000, 15.000, "/m/03v3yw"', 'missingmiss, 1.000, 11.000, "/m/03v3yw"')}
+BALANCED_CSV = HEAD + lines(
+    f'{IDS[0]}, 420.000, 430.000, "/m/03v3yw,/m/0k4j"', f'{IDS[1]}, 40.000, 50.000, "/m/09x0r"',
+    'MISSINGMISS, 0.000, 10.000, "/m/0k4j"')
 BALANCED = {f"balanced/0/Y{IDS[0]}.wav": ["Keys jangling", "Car"], f"{IDS[1]}_40.000.mp4": ["Speech"]}
 UNBALANCED = {
     f"un/deep/er/{IDS[2]}_30000_40000.mp4": ["Speech", "Male, man speaking", "Car"],
     f"un/{IDS[3]}.flac": ["Male, man speaking"]}
 EVAL = {f"eval/Y{IDS[4]}.wav": ["Keys jangling"]}
-OTHERS = {"notes.txt": "", "other.mp4": "", "Yunlisted00.wav": ""}
+OTHERS = {"balanced_train_segments.csv": BALANCED_CSV, "other.mp4": "", "Yunlisted00.wav": ""}
 
 
 def audioset(name, train, missing):
     classes = ["Speech", "Male, man speaking", "Keys jangling", "Car"]
-    rows = {"train": train, "test": EVAL}
-    return Layout(name, AUDIOSET | OTHERS, rows, classes, {"train": missing, "test": 1})
+    missing = {"train": missing, "test": 1}
+    return Layout(name, AUDIOSET | OTHERS, {"train": train, "test": EVAL}, classes, missing)
 
 
 # --- VGGSound ---
@@ -104,8 +104,8 @@ def vggsound(**lists):
 
 
 # --- Kinetics: a clip of the official lists is found by its id and seconds, or else by its id alone ---
-OFFICIAL = ("label", "youtube_id", "time_start", "time_end", "split")
-MIXED = ("youtube_id", "is_cc", "label", "time_end", "time_start", "split")
+OFFICIAL = ("label,youtube_id,time_start,time_end,split", '"{}",{},{},{},x')      # header, and form of a row
+MIXED = ("youtube_id,is_cc,label,time_end,time_start,split", '{1},0,"{0}",{3},{2},x')
 LABELS = ("playing, loudly", "abseiling", "abseiling", "playing, loudly", "zumba")   # zumba: the test alone
 KINETICS = {
     "train": {f"{IDS[0]}_000000_000010.mp4": LABELS[0], f"train/x, y/{IDS[1]}_000010_000020.mkv": LABELS[1],
@@ -116,13 +116,9 @@ OTHER_SECONDS = {f"zz/{IDS[3]}_000031_000041.mp4": "", f"{IDS[3]}_40.000.mp4": "
 
 def official(numbers, columns):
     """The official csv: clip n of IDS, from second 10 n on; and a clip that is not on disk."""
-    rows = [(LABELS[n], IDS[n], 10 * n, 10 * n + 10) for n in numbers]
-    rows.append(("abseiling", "MISSINGMISS", 1, 11))
-    out = [",".join(columns)]
-    for label, clip, start, end in rows:
-        row = dict(label=f'"{label}"', youtube_id=clip, time_start=start, time_end=end, split="x", is_cc=0)
-        out.append(",".join(str(row[c]) for c in columns))
-    return lines(*out)
+    header, row = columns
+    rows = [row.format(LABELS[n], IDS[n], 10 * n, 10 * n + 10) for n in numbers]
+    return lines(header, *rows, row.format("abseiling", "MISSINGMISS", 1, 11))
 
 
 def kinetics_official(train, val, columns):
@@ -145,10 +141,8 @@ def kinetics_paths(end, a, b, c, classes):
 def kinetics_folders(test):
     rows = {"train": {"train/a/deep/2.mp4": "a", "train/b/1.mp4": "b"},
             "test": {f"{test}/a/4.mp4": "a", f"{test}/c/3.mp4": "c"}}
-    files = {"train/loose.mp4": "", "other/d/5.mp4": "", "6.mp4": ""}
-    if test != "test":
-        files["test/e/7.mp4"] = ""
-    return Layout("kinetics400", files, rows, ["a", "b", "c"])
+    files = ["train/loose.mp4", "other/d/5.mp4", "6.mp4"] + ["test/e/7.mp4"] * (test != "test")
+    return Layout("kinetics400", dict.fromkeys(files, ""), rows, ["a", "b", "c"])
 
 
 # --- Something-Something v2 ---
@@ -164,6 +158,9 @@ def ssv2_list(*numbers):
 def ssv2_labels(*order):
     """Template n has the number order[n]."""
     return json.dumps({template: str(n) for template, n in zip(PLAIN, order)})
+
+
+SSV2 = "something-something-v2-"
 
 
 def ssv2(stem):
@@ -220,24 +217,18 @@ LAYOUTS = {
         "kinetics400", CLASSES_TXT,
         {"train": {"a.mp4": "abseiling"}, "test": {"b.mp4": "zumba"}}, ["zumba", "a b", "abseiling"]),
     "Kinetics, one list": Layout("kinetics400", {"train.csv": "a.mp4 0\n"}, {"train": {"a.mp4": "0"}}, ["0"]),
-    "Kinetics, folders": kinetics_folders("val"),
-    "Kinetics, folders, validate": kinetics_folders("validate"),
-    "Kinetics, folders, validation": kinetics_folders("validation"),
-    "Kinetics, folders, test": kinetics_folders("test"),
-    "SSv2": ssv2("something-something-v2-"),
-    "SSv2, new names": ssv2(""),
-    "SSv2, own folder": ssv2("labels/something-something-v2-"),
-    "SSv2, new names, own folder": ssv2("labels/"),
+    **{f"Kinetics, {test}/": kinetics_folders(test) for test in ("val", "validate", "validation", "test")},
+    **{f"SSv2, {stem}": ssv2(stem) for stem in ("", "labels/", SSV2, f"labels/{SSV2}")},
     "ESC-50": Layout(
         "esc50", {"meta/esc50.csv": ESC50_CSV}, {"train": ESC50, "test": ESC50, "all": ESC50},
         ["siren", "door", "zebra"], {"train": 1, "test": 1, "all": 1},
-        fold={"train": [1, 1, 2, 2], "test": [1, 1, 2, 2]}),
+        fold=[1, 1, 2, 2]),
     "Speech Commands": Layout(
         "speechcommands", SPEECH_FILES, SPEECH, ["no", "yes"], {"train": 1, "test": 1},
-        held={"train": ["no/8_0.wav", "yes/8_0.wav"]}),
+        held=("no/8_0.wav", "yes/8_0.wav")),
     "FSD50K": Layout(
         "fsd50k", FSD50K_FILES, FSD50K, ["Siren", "Bark", "Accordion"], {"train": 1, "test": 1},
-        held={"train": ["FSD50K.dev_audio/102.flac"]}),
+        held=("FSD50K.dev_audio/102.flac",)),
     "folder with splits": Layout(
         "folder", {"test/dog/readme.txt": ""}, SPLITS | {"all": SPLITS["test"] | SPLITS["train"]},
         ["cat", "dog"]),
@@ -252,10 +243,8 @@ def test_a_layout_gives_the_rows_that_lie_there(tmp_path, case):
     put(tmp_path, layout.files)
     splits = {}
     for split, rows in layout.rows.items():
+        put(tmp_path, dict.fromkeys(rows, ""))
         splits[split] = {file.replace(HERE, str(tmp_path)): label for file, label in rows.items()}
-        for file in splits[split]:
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / file).touch()
     for split, rows in splits.items():
         listing = data.list_clips(layout.name, tmp_path, split)
         missing = layout.missing.get(split, 0)
@@ -264,32 +253,24 @@ def test_a_layout_gives_the_rows_that_lie_there(tmp_path, case):
         assert all(Path(listing.path(i)).is_file() for i in range(len(rows)))
         assert f"{len(rows)} clips found" in data.describe(listing)
         assert (f"{missing} listed but missing" in data.describe(listing)) == (missing > 0)
-        if split in layout.fold:
-            assert listing.fold.tolist() == layout.fold[split]
-        assert held_files(listing) == layout.held.get(split, [])
-        check_targets(listing)
+        assert (None if listing.fold is None else listing.fold.tolist()) == layout.fold
+        held = [] if listing.held is None else np.flatnonzero(listing.held)
+        assert [names(listing)[i] for i in held] == list(layout.held if split == "train" else ())
+        if listing.labels is not None:
+            check_targets(listing)
     if "test" in splits and "all" not in splits:
         both = data.list_clips(layout.name, tmp_path, "all")
         assert contents(both) == splits["train"] | splits["test"]
         assert (both.missing, both.seconds) == (sum(layout.missing.values()), data.SETS[layout.name].seconds)
 
 
-def held_files(listing):
-    if listing.held is None:
-        return []
-    return [names(listing)[i] for i in np.flatnonzero(listing.held)]
-
-
 def check_targets(listing):
     """The class indices, or zeros and ones, against the flat labels."""
-    if listing.labels is None:
-        return
     targets = listing.targets(range(len(listing)))
+    rows = [[c] for c in targets.tolist()]
     if listing.multilabel:
         assert targets.shape == (len(listing), len(listing.classes)) and targets.dtype == torch.uint8
         rows = [row.nonzero().flatten().tolist() for row in targets]
-    else:
-        rows = [[c] for c in targets.tolist()]
     assert rows == [sorted(listing.clip_labels(i).tolist()) for i in range(len(listing))]
 
 
@@ -318,9 +299,11 @@ def test_a_set_that_lacks_what_a_method_needs_is_refused_in_a_sentence():
 
 
 @pytest.mark.parametrize("name", [name for name in data.SETS if name != "toy"])
-def test_a_data_set_without_a_folder_is_refused(name):
+def test_a_data_set_without_a_folder_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=f"--data {name} needs --data-dir"):
         data.list_clips(name)
+    with pytest.raises(UserError, match="--data-dir .*: there is no such folder"):
+        data.list_clips(name, tmp_path / "none")
 
 
 def test_a_subset_keeps_what_belongs_to_its_clips(tmp_path):
@@ -392,108 +375,114 @@ def test_a_clip_of_any_name_can_be_read_from_the_current_folder_too(tmp_path, cl
     assert all(data.read_clip(listing.path(i), 0, 1, 1, 16)["has_video"] for i in range(3))
 
 
-# What is wrong: (set, split, sentence, files of some broken ones). What the set needs besides is in GOOD.
-GOOD = {
-    "audioset": AUDIOSET,
-    "ssv2": {
-        "labels.json": ssv2_labels(2, 0, 1), "train.json": ssv2_list(0, 1), "validation.json": ssv2_list(2)},
-    "speechcommands": {"validation_list.txt": "no/a.wav\n", "testing_list.txt": "no/b.wav\n"},
-    "fsd50k": {f"{TRUTH}/vocabulary.csv": "0,Siren,/m/0\n"}}
-SEGMENTS = "unbalanced_train_segments.csv"
-CLASSES = "class_labels_indices.csv"
-KINETICS_HEAD = ",".join(OFFICIAL) + "\n"
+# --- What is wrong with a set ---
+KINETICS_HEAD = OFFICIAL[0] + "\n"
 ESC50_PATH = "meta/esc50.csv"
 ESC50_HEAD = "filename,fold,target,category\n"
+VOCABULARY = f"{TRUTH}/vocabulary.csv"
+DEV = f"{TRUTH}/dev.csv"
 FSD50K_HEAD = "fname,labels,mids,split\n"
-
-
-def each(path, *contents):
-    return [{path: content} for content in contents]
-
-
-BROKEN = [
-    ("folder", "train", "no clip in .* for the train split", [{}, {"notes.txt": ""}, {"test/a/1.mp4": ""}]),
-    ("audioset", "train", f"{CLASSES}: there is no such file", each(CLASSES, None)),
-    ("audioset", "train", f"{SEGMENTS}: there is no such file", each(SEGMENTS, None)),
-    ("audioset", "train", "the list is empty", each(SEGMENTS, "", "# only\n# a\n# comment\n\n")),
-    ("audioset", "train", "unknown class '/m/x'", each(SEGMENTS, 'abcdefghijk, 0.0, 10.0, "/m/0k4j,/m/x"\n')),
-    ("audioset", "train", "not of AudioSet's form", each(SEGMENTS, "abcdefghijk, 0.000\n")),
-    ("audioset", "train", "not of AudioSet's form", each(CLASSES, "index,mid,name\nzero,/m/0k4j,Car\n")),
-    ("audioset", "train", "unknown class", each(CLASSES, "index,mid,display_name\n")),
-    ("audioset", "train", "none of the 1 listed clips", each(SEGMENTS, 'MISSINGMISS, 0, 10, "/m/0k4j"\n')),
-    ("vggsound", "train", "train.csv: there is no such file", [{}]),
-    ("vggsound", "train", "the list is empty", each("vggsound.csv", "")),
-    ("vggsound", "train", "none of the 1 listed clips", each("vggsound.csv", "abcdefghijk,30,dog,train\n")),
-    ("vggsound", "train", "the four fields id, start .whole",
-     each("vggsound.csv", "abcdefghijk,30,dog\n", "abcdefghijk,thirty,dog,train\n")),
-    ("vggsound", "train", "UTF-8", each("vggsound.csv", b"abcdefghijk,30,caf\xe9,train\n")),
-    ("vggsound", "train", "the two fields", [{"train.csv": "a.mp4,dog\n", "test.csv": "b.mp4\n"}]),
-    ("kinetics400", "train", "neither lists .* nor class folders", [{}, {"a.mp4": ""}]),
-    ("kinetics400", "test", "no clip in .* for the test split", each("train/a/1.mp4", "")),
-    ("kinetics400", "train", "/train.csv: there is no such file; put the list .* beside val.csv",
-     each("val.csv", "a.mp4 0\n")),
-    ("kinetics400", "all", "annotations/val.txt: there is no such file",
-     [{"annotations/train.txt": "a.mp4 0\n", "a.mp4": ""}]),
-    ("kinetics400", "train", "train.csv: the list is empty", each("train.csv", "")),
-    ("kinetics400", "train", "train.csv: .* nothing but its header", each("train.csv", KINETICS_HEAD)),
-    ("kinetics400", "train", "train.csv: .* lacks one of the columns label, youtube_id, time_start",
-     each("train.csv", "label,youtube_id,split\na,b,train\n", KINETICS_HEAD + "a,abcdefghijk\n")),
-    ("kinetics400", "train", "train.csv: a time is not a number",
-     each("train.csv", *(f"{KINETICS_HEAD}a,abcdefghijk,1,{time},x\n" for time in ("ten", "nan", "inf")))),
-    ("kinetics400", "train", "none of the 1 listed clips",
-     each("train.csv", KINETICS_HEAD + "a,abcdefghijk,10,20,x\n", "a.mp4 0\n")),
-    ("kinetics400", "train", "train.csv: neither begins .* the path of a clip and a label",
-     each("train.csv", "a.mp4\n", "a.mp4 0\nwith space/b.mp4\n")),
-    ("kinetics400", "train", "train.csv: .* UTF-8", each("train.csv", b"\xff\xfe\x00")),
-    ("kinetics400", "train", "train.csv: some labels are whole numbers and others are not",
-     [{"train.csv": "a.mp4 0\n", "val.txt": "b.mp4 dog\n"}]),
+TESTS = ("val.csv", "validation.json", "eval_segments.csv", f"{TRUTH}/eval.csv")     # read for the test split
+GOOD = {                                                    # lists without a clip
+    "audioset": AUDIOSET,
+    "vggsound": {"vggsound.csv": "abcdefghijk,30,dog,train\n"},
+    "kinetics400": {"train.csv": "a.mp4 0\n", "val.csv": "a.mp4 0\n"},
+    "ssv2": {
+        "labels.json": ssv2_labels(2, 0, 1), "train.json": ssv2_list(0, 1), "validation.json": ssv2_list(2)},
+    "esc50": {ESC50_PATH: ESC50_HEAD + "a.wav,1,0,dog\n"},
+    "speechcommands": {"validation_list.txt": "no/a.wav\n", "testing_list.txt": "no/b.wav\n"},
+    "fsd50k": {VOCABULARY: "0,Siren,/m/0\n", DEV: FSD50K_HEAD + "1,Siren,x,train\n",
+               f"{TRUTH}/eval.csv": FSD50K_HEAD + "2,Siren,x,x\n"}}
+ROWS = {                                                    # (set, list): {sentence: contents}
+    ("audioset", SEGMENTS): {
+        "unknown class '/m/x'": ['abcdefghijk, 0.0, 10.0, "/m/0k4j,/m/x"\n'],
+        "not of AudioSet's form": ["abcdefghijk, 0.000\n"]},
+    ("audioset", CLASSES): {
+        "not of AudioSet's form": ["index,mid,name\nzero,/m/0k4j,Car\n"],
+        "unknown class": ["index,mid,display_name\n"]},
+    ("vggsound", "vggsound.csv"): {
+        "the four fields id, start .whole": ["abcdefghijk,30,dog\n", "abcdefghijk,thirty,dog,train\n"]},
+    ("kinetics400", "train.csv"): {
+        "train.csv: .* nothing but its header": [KINETICS_HEAD],
+        "train.csv: .* lacks one of the columns label, youtube_id, time_start": [
+            "label,youtube_id,split\na,b,train\n", KINETICS_HEAD + "a,abcdefghijk\n"],
+        "train.csv: a time is not a number": [
+            f"{KINETICS_HEAD}a,abcdefghijk,1,{time},x\n" for time in ("ten", "nan", "inf")],
+        "train.csv: neither begins .* the path of a clip and a label": [
+            "a.mp4\n", "a.mp4 0\nwith space/b.mp4\n"],
+        "train.csv: some labels are whole numbers and others are not": ["a.mp4 dog\n"]},
+    ("ssv2", "labels.json"): {
+        "labels.json: the list is empty": ["{}"],
+        "labels.json: does not give each template a number": [
+            '["Closing something"]', '{"Closing something": "one"}', '{"Closing something": null}',
+            ssv2_labels(0, 1, 3), ssv2_labels(0, 1, 1)]},
+    ("ssv2", "train.json"): {
+        "train.json: the list is empty": ["[]"],
+        "train.json: cannot be read as json": ["[{", "[" * 10 ** 5],
+        "train.json: is not a list of entries with an id": [
+            '[{"id": "100"}]', '{"id": "1", "template": "x"}', "3", '[{"id": 1, "template": 3}]'],
+        "train.json: unknown template 'Juggling a b'": ['[{"id": "1", "template": "Juggling [a b]"}]']},
+    ("esc50", ESC50_PATH): {
+        "lacks one of the columns": ["fold\n1\n", ESC50_HEAD + "a,1\n"],
+        "not a whole number": [ESC50_HEAD + "a.wav,one,0,dog\n"],
+        "a target has two categories, or two targets the same one": [
+            ESC50_HEAD + "a,1,0,dog\nb,1,0,cat\n", ESC50_HEAD + "a,1,0,dog\nb,1,1,dog\n"]},
+    ("speechcommands", "testing_list.txt"): {"word/file.wav": ["yes\n"]},
+    ("fsd50k", VOCABULARY): {"index,label,mid": ["Siren\n", "0,Siren,/m/0\n2,Bark,/m/1\n"]},
+    ("fsd50k", DEV): {
+        "unknown class 'Cough'": [FSD50K_HEAD + "1,Cough,x,train\n"],
+        "lacks one of the columns": ["fname,labels\n1,Siren\n"],
+        "neither train nor val": [FSD50K_HEAD + "1,Siren,x,test\n"]}}
+NO_LISTS = {"train.csv": None, "val.csv": None}
+FOLDERS = [                                                 # (set, split, sentence, files besides GOOD)
+    ("folder", "train", "no clip in .* for the train split", {}),
+    ("folder", "train", "no clip in .* for the train split", {"notes.txt": "", "test/a/1.mp4": ""}),
+    ("vggsound", "train", "the two fields",
+     {"vggsound.csv": None, "train.csv": "a.mp4,dog\n", "test.csv": "b.mp4\n"}),
+    ("kinetics400", "train", "neither lists .* nor class folders", NO_LISTS | {"a.mp4": ""}),
+    ("kinetics400", "test", "no clip in .* for the test split", NO_LISTS | {"train/a/1.mp4": ""}),
+    ("kinetics400", "all", "annotations/val.txt: there is no such file; put the list .* beside train.txt",
+     NO_LISTS | {"annotations/train.txt": "a.mp4 0\n", "a.mp4": ""}),
     ("kinetics400", "train", "classes.txt: has 2 names, but the lists hold the label 3",
-     [{"train.csv": "a.mp4 3\n", "classes.txt": "a\nb\n"}]),
-    ("kinetics400", "train", "classes.txt: the list is empty",
-     [{"train.csv": "a.mp4 0\n", "annotations/classes.txt": ""}]),
-    ("ssv2", "train", "v2-labels.json: there is no such file; .* into labels/", each("labels.json", None)),
-    ("ssv2", "train", "v2-train.json: there is no such file", each("train.json", None)),
-    ("ssv2", "test", "v2-validation.json: there is no such file", each("validation.json", None)),
-    ("ssv2", "train", "train.json: cannot be read as json",
-     each("train.json", "", "[{", b"\xff\xfe\x00", "[" * 10 ** 5)),
-    ("ssv2", "train", "train.json: the list is empty", each("train.json", "[]")),
-    ("ssv2", "train", "labels.json: the list is empty", each("labels.json", "{}")),
-    ("ssv2", "train", "labels.json: does not give each template a number", each(
-        "labels.json", '["Closing something"]', '{"Closing something": "one"}', '{"Closing something": null}',
-        ssv2_labels(0, 1, 3), ssv2_labels(0, 1, 1))),
-    ("ssv2", "train", "train.json: is not a list of entries with an id", each(
-        "train.json", '[{"id": "100"}]', '{"id": "1", "template": "x"}', "3", '[{"id": 1, "template": 3}]')),
-    ("ssv2", "test", "validation.json: unknown template 'Juggling a b'",
-     each("validation.json", '[{"id": "1", "template": "Juggling [a b]"}]')),
-    ("ssv2", "train", "none of the 2 listed clips", [{}]),
-    ("esc50", "all", "esc50.csv: there is no such file", [{}]),
-    ("esc50", "test", "the list is empty", each(ESC50_PATH, "")),
-    ("esc50", "train", "lacks one of the columns", each(ESC50_PATH, "fold\n1\n", ESC50_HEAD + "a,1\n")),
-    ("esc50", "train", "not a whole number", each(ESC50_PATH, ESC50_HEAD + "a.wav,one,0,dog\n")),
-    ("esc50", "train", "a target has two categories, or two targets the same one", each(
-        ESC50_PATH, ESC50_HEAD + "a,1,0,dog\nb,1,0,cat\n", ESC50_HEAD + "a,1,0,dog\nb,1,1,dog\n")),
-    ("esc50", "train", "none of the 1 listed", each(ESC50_PATH, ESC50_HEAD + "a.wav,1,0,dog\n")),
-    ("speechcommands", "train", "testing_list.txt: there is no such file", each("testing_list.txt", None)),
-    ("speechcommands", "test", "word/file.wav", each("testing_list.txt", "yes\n")),
-    ("speechcommands", "train", "UTF-8", each("validation_list.txt", b"\xff\xfe\x00")),
-    ("fsd50k", "train", "index,label,mid", each(
-        f"{TRUTH}/vocabulary.csv", "Siren\n", "0,Siren,/m/0\n2,Bark,/m/1\n")),
-    ("fsd50k", "train", "unknown class 'Cough'", each(f"{TRUTH}/dev.csv", FSD50K_HEAD + "1,Cough,x,train\n")),
-    ("fsd50k", "train", "lacks one of the columns", each(f"{TRUTH}/dev.csv", "fname,labels\n1,Siren\n")),
-    ("fsd50k", "train", "neither train nor val", each(f"{TRUTH}/dev.csv", FSD50K_HEAD + "1,Siren,x,test\n"))]
+     {"train.csv": "a.mp4 3\n", "classes.txt": "a\nb\n"}),
+    ("kinetics400", "train", "classes.txt: the list is empty", {"annotations/classes.txt": ""}),
+    ("ssv2", "train", "v2-labels.json: there is no such file; .* into labels/", {"labels.json": None})]
 
 
-@pytest.mark.parametrize("case", range(len(BROKEN)))
-def test_what_is_wrong_with_a_data_set_is_said_in_one_sentence(tmp_path, case):
-    name, split, sentence, broken = BROKEN[case]
-    for n, files in enumerate(broken):
-        put(tmp_path / str(n), GOOD.get(name, {}) | files)
-        (tmp_path / str(n)).mkdir(exist_ok=True)
+@pytest.fixture()
+def refused(tmp_path):
+    """Claims that a set of these files is refused in one sentence."""
+    count = itertools.count()
+
+    def claim(name, split, sentence, files):
+        folder = tmp_path / str(next(count))
+        folder.mkdir()
+        put(folder, GOOD.get(name, {}) | files)
         with pytest.raises(UserError, match=sentence) as error:
-            data.list_clips(name, tmp_path / str(n), split)
+            data.list_clips(name, folder, split)
         assert "\n" not in str(error.value)
 
+    return claim
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--data-dir .*: there is no such folder"):
-        data.list_clips("folder", tmp_path / "none")
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_list_that_is_not_there_or_empty_or_not_in_utf_8_is_named(refused, name):
+    refused(name, "train", "none of the . listed clips", {})
+    wrong = {None: "there is no such file; put", "": "the list is empty|as json",
+             "# only\n# comments\n\n": "the list is empty|as json", b"\xff\xfe\x00": "UTF-8|as json"}
+    for path in GOOD[name]:
+        for content, sentence in wrong.items():
+            split = "test" if path in TESTS else "train"
+            refused(name, split, f"({Path(path).name}|train.csv): .*({sentence})", {path: content})
+
+
+@pytest.mark.parametrize("name, path", ROWS)
+def test_what_is_wrong_in_a_list_is_said_in_one_sentence(refused, name, path):
+    for sentence, contents in ROWS[name, path].items():
+        for content in contents:
+            refused(name, "train", sentence, {path: content})
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_what_is_wrong_in_a_folder_is_said_in_one_sentence(refused, case):
+    refused(*case)

@@ -1,36 +1,39 @@
 """An experiment runs what is missing, goes on where it stopped; its table is mean and spread of its runs."""
 import importlib
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, write_checkpoint
+from conftest import fails, weights, write_checkpoint
 
-import ajepa
 import common
+import data
+import mjepa
 import probe
 import reproduce
 import run
-from common import UserError
 
 SCRIPT = """
-import json, pathlib, shutil, sys, time
+import json, os, pathlib, shutil, signal, sys, time
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 here, out = pathlib.Path(sys.argv[0]).parent, pathlib.Path(flags["--out"])
 with open(here / "order.txt", "a") as f: f.write(out.name + "\\n")
 if flags["--way"] == flags.get("--broken"): sys.exit("this way is broken")
+if flags["--way"] == flags.get("--stop") and not (out / "latest.pt").is_file():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    os.kill(os.getppid(), signal.SIGTERM)
+    signal.sigwait([signal.SIGTERM])
+    time.sleep(0.2)
+    (out / "latest.pt").touch()
+    sys.exit(0)
 time.sleep(float(flags.get("--sleep", 0)))
 value = float(flags["--way"]) + float(flags["--seed"]) ** 2
 trained = {"audio": value, **({"video": float(flags["--video"])} if "--video" in flags else {})}
 if (here / flags["--way"]).is_dir(): shutil.copy(here / flags["--way"] / "latest.pt", out)
-(out / "log.jsonl").write_text('{"step": 1, "ms_step": 3000}\\n{"step": 3, "ms_step": 9000}\\n')
+(out / "log.jsonl").write_text('{"step": 1, "ms_step": 3000}\\n{"step": 5, "ms_step": 9000}\\n')
 (out / "results.json").write_text(json.dumps({
     "trained": trained, "untrained": {"audio": 5.0}, "raw input": {"audio": 30.0}, "chance": {"audio": 12.5},
     "seconds": 90}))
@@ -59,22 +62,23 @@ def start(tmp_path, monkeypatch):
     after = {"ten": reproduce.attentive("audio"),
              "twenty and more": reproduce.attentive("audio", "video", "av")}
     small = dict(title="What: of what", columns={"audio": "trained/audio"}, flags="", rows=rows)
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "masking", small)
     methods = {**reproduce.EXPERIMENTS["methods"], "rows": rows, "after": after}
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "methods", methods)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"masking": small, "methods": methods})
 
     def start(*more, name="masking", seeds="0"):
-        if name == "methods":
-            for way in ("10", "20"):
-                file = write_checkpoint(tmp_path / way, video=way == "20") / "latest.pt"
-                content = torch.load(file, weights_only=True)
-                torch.save({**content, "optimizer": {"state": {0: {"exp_avg": torch.zeros(1234)}}}}, file)
-        order = tmp_path / "order.txt"
-        order.write_text("")
+        for way in ("10", "20") if name == "methods" else ():
+            content = weights(write_checkpoint(tmp_path / way, video=way == "20"))
+            content["optimizer"] = {"state": {0: {"exp_avg": torch.zeros(1234)}}}
+            torch.save(content, tmp_path / way / "latest.pt")
+        (tmp_path / "order.txt").write_text("")
         reproduce.main([name, "--out", str(tmp_path / "out"), "--seeds", *seeds.split(), *more])
-        return order.read_text().split()
+        return started(tmp_path)
 
     return start
+
+
+def started(tmp_path):
+    return (tmp_path / "order.txt").read_text().split()
 
 
 def table(tmp_path):
@@ -84,8 +88,8 @@ def table(tmp_path):
 
 
 def test_each_row_runs_once_for_each_seed_and_the_table_is_their_mean_and_spread(start, tmp_path, capsys):
-    started = start(seeds="0 1 3")
-    assert started[:2] == BOTH and len(started) == len(set(started)) == 6
+    order = start(seeds="0 1 3")
+    assert order[:2] == BOTH and len(order) == len(set(order)) == 6
     text, rows = table(tmp_path)
     for row, base in (("ten", 10), ("twenty and more", 20)):
         values, cell = np.array([base, base + 1, base + 9]), rows[row]["audio"]
@@ -110,48 +114,34 @@ def test_a_row_that_lacks_a_column_has_a_dash_in_the_table_and_no_bar_in_the_pic
     assert {label.get_text() for label in ax.get_legend().get_texts()} == {"video", "audio", "untrained"}
 
 
-def test_what_is_finished_is_skipped_and_more_seeds_run_only_what_is_missing(start, tmp_path, capsys):
+def test_what_is_finished_is_skipped_and_what_is_missing_or_cut_off_is_run(start, tmp_path, capsys):
     assert start() == BOTH
+    assert "| ten | 10.0 | 0 |" in table(tmp_path)[0]                   # one seed has no spread
     assert start(seeds="0 2 2") == ["ten-seed2", "twenty-and-more-seed2"]
     assert "2 of 4 runs finished" in capsys.readouterr().out
     assert list(table(tmp_path)[1]["ten"]["audio"]["values"]) == ["0", "2"]
+    (tmp_path / "out/ten-seed0/results.json").write_text('{"trained": {"aud')
+    assert start(seeds="0 2") == ["ten-seed0"]
 
 
-def test_a_dry_run_shows_what_is_left_and_runs_nothing(start, tmp_path, capsys):
-    assert start("--dry-run", seeds="0 1 2") == [] and not (tmp_path / "out").exists()
-    assert capsys.readouterr().out.count("left: ") == 6
-
-
-def test_a_run_that_fails_is_named_the_others_go_on_and_the_next_call_tries_it_again(start, tmp_path, capsys):
-    with pytest.raises(UserError, match="1 of 2 runs did not finish"):
-        start("--broken", "10")
+def test_a_run_that_fails_is_named_and_not_probed_the_others_go_on_and_the_next_call_tries_it_again(
+        start, tmp_path, capsys):
+    fails(start, "--broken", "10", name="methods", match="1 of 2 runs did not finish")
     shown = capsys.readouterr().out
-    assert "ten, seed 0 failed (exit code 1)" in shown and "| twenty and more | 20.0" in shown
+    assert "ten, seed 0 failed (exit code 1)" in shown and "| linear probe, audio | 20.0 |" in shown
     assert "this way is broken" in (tmp_path / "out/ten-seed0/output.txt").read_text()
-    with pytest.raises(UserError):
-        start("--broken", "10")
-    assert (tmp_path / "order.txt").read_text().split() == ["ten-seed0"]
+    fails(start, "--broken", "10", name="methods")
+    assert started(tmp_path) == ["ten-seed0"]
 
 
-def test_runs_of_another_command_are_refused_but_not_those_that_never_began(start, tmp_path):
-    with pytest.raises(UserError, match="no run of masking"):
-        start("--sleep", "much")
+def test_runs_of_another_or_no_command_are_refused_but_not_those_that_never_began(start, tmp_path):
+    fails(start, "--sleep", "much", match="no run of masking")
     assert start() == BOTH
-    with pytest.raises(UserError, match="another command"):
-        start("--sleep", "0")
-    assert (tmp_path / "order.txt").read_text() == ""
-
-
-@pytest.mark.parametrize("begun", [None, '["script.py", "--way", "10"]'])
-def test_a_run_that_someone_else_left_in_the_folder_is_refused_and_never_counted(start, tmp_path, begun):
-    folder = tmp_path / "out/ten-seed0"
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text('{"trained": {"audio": 99}}')
-    if begun:
-        (folder / "command.json").write_text(begun)
-    with pytest.raises(UserError, match="another command"):
-        start()
-    assert (tmp_path / "order.txt").read_text() == ""
+    fails(start, "--sleep", "0", match="another command")
+    assert started(tmp_path) == []
+    (tmp_path / "out/ten-seed0/command.json").unlink()
+    fails(start, match="another command")
+    assert started(tmp_path) == []
 
 
 def test_a_row_keeps_its_own_flags_and_a_folder_may_move(start, tmp_path):
@@ -161,49 +151,35 @@ def test_a_row_keeps_its_own_flags_and_a_folder_may_move(start, tmp_path):
     assert start("--way", "5", "--out", str(tmp_path / "moved")) == []
 
 
-def test_results_that_were_cut_off_count_as_unfinished_and_one_seed_has_no_spread(start, tmp_path):
-    start()
-    (tmp_path / "out/ten-seed0/results.json").write_text('{"trained": {"aud')
-    assert start() == ["ten-seed0"] and "| ten | 10.0 | 0 |" in table(tmp_path)[0]
-
-
 @pytest.mark.parametrize("flags, says", [
     (["--fresh"], "decides that itself"), (["--data=folder"], "decides that itself"),
     (["--seed", "3"], "decides that itself"), (["--out", __file__], "cannot be made")])
 def test_what_an_experiment_cannot_take_is_refused(flags, says):
-    with pytest.raises(UserError, match=says):
-        reproduce.main(["masking", *flags])
+    fails(reproduce.main, ["masking", *flags], match=says)
 
 
-def test_a_signal_saves_the_run_under_way_which_the_next_call_then_ends(toy, tmp_path, monkeypatch):
-    """The real command, on the tiny toy world: SIGTERM in the middle of a row's training."""
-    out, folder = tmp_path / "masking", tmp_path / "masking" / "random-patches-75-seed0"
-    words = [sys.executable, str(ROOT / "reproduce.py"), "masking", "--out", str(out), "--data-dir", str(toy),
-             *"--seeds 0 --steps 60 --batch-size 4 --workers 0 --log-every 1".split()]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        until = time.time() + 60
-        while time.time() < until and len(run.read_log(folder)) < 4:
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGTERM)
-    shown, stopped = process.communicate(timeout=60)[0], len(run.read_log(folder))
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in shown
-    assert 3 < stopped < 60 and common.load_checkpoint(folder)["step"] == stopped
-    assert not (folder / "results.json").exists()
-    monkeypatch.setattr(probe, "frozen_schedule", lambda clips, most=512: (8, 2))   # not 2,000 steps
-    ajepa.main(json.loads((folder / "command.json").read_text())["command"][1:])    # the next call does so
-    assert [row["step"] for row in run.read_log(folder)] == list(range(60))
-    assert "left: random" not in command([*words, "--dry-run"], tmp_path).stdout
+@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+def test_the_scripts_take_the_commands_of_each_experiment(name, tmp_path):
+    for it in reproduce.plan(reproduce.EXPERIMENTS[name], [0], tmp_path, ["--workers", "0"], []):
+        for script, *flags in (it["command"], *it["probes"].values()):
+            importlib.import_module(Path(script).stem).get_args(flags)
+
+
+def test_a_signal_reaches_the_run_under_way_which_saves_and_the_next_call_goes_on(start, tmp_path, handlers):
+    with pytest.raises(SystemExit) as end:
+        common.main_guard(lambda: start("--stop", "10"))
+    assert end.value.code == 128 + signal.SIGTERM
+    assert started(tmp_path) == BOTH[:1] and (tmp_path / "out/ten-seed0/latest.pt").is_file()
+    assert start("--stop", "10") == BOTH and start("--stop", "10") == []
 
 
 def test_rows_are_trained_then_probed_and_are_the_columns_of_a_table_of_measures(start, tmp_path, capsys):
-    start("--dry-run", "--workers", "1", name="methods")
-    assert "then 6 probes of it" in capsys.readouterr().out
-    started = start("--workers", "1", name="methods", seeds="0 1")
-    assert started[:4] == ["ten-seed0", "ten-seed0:audio:None", "ten-seed0:audio:untrained", BOTH[1]]
-    assert len(started) == len(set(started)) == 2 * (1 + 2 + 1 + 6)
+    assert start("--dry-run", name="methods", seeds="0 1 2") == [] and not (tmp_path / "out").exists()
+    shown = capsys.readouterr().out
+    assert shown.count("left: ") == 6 and "then 6 probes of it" in shown
+    order = start("--workers", "1", name="methods", seeds="0 1")
+    assert order[:4] == ["ten-seed0", "ten-seed0:audio:None", "ten-seed0:audio:untrained", BOTH[1]]
+    assert len(order) == len(set(order)) == 2 * (1 + 2 + 1 + 6)
     text, rows = table(tmp_path)
     assert text in capsys.readouterr().out and text.endswith("| seeds | 0, 1 | 0, 1 |\n")
     for line in ("| | ten | twenty and more |\n|---|---|---|\n"
@@ -213,11 +189,10 @@ def test_rows_are_trained_then_probed_and_are_the_columns_of_a_table_of_measures
                  "| chance, probes | 12.5 | 12.5 |", "| video tokens of a clip | – | 4 |",
                  "| parameters trained | 1,234 | 1,234 |",
                  "| seconds a step | 6.000 ± 0.000 | 6.000 ± 0.000 |",
-                 "| minutes of training | 0.4 ± 0.0 |", "| minutes of evaluation | 1.5 ± 0.0 |",
+                 "| minutes of training | 0.7 ± 0.0 |",             # two steps of 3 s and four of 9 s
+                 "| minutes of evaluation | 1.5 ± 0.0 |",
                  "| minutes of attentive probes | 1.0 ± 0.0 | 3.0 ± 0.0 |"):
         assert line in text
-    cell = rows["twenty and more"]["attentive probe, video"]
-    assert cell == {"values": {"0": 80.0, "1": 80.0}, "mean": 80.0, "std": 0.0}
     fig = reproduce.draw(reproduce.EXPERIMENTS["methods"], rows)
     assert [ax.get_title() for ax in fig.axes] == list(reproduce.EXPERIMENTS["methods"]["panels"])
     assert sorted(bar.get_height() for bar in fig.axes[1].patches) == [80] * 4
@@ -228,8 +203,7 @@ def test_rows_are_trained_then_probed_and_are_the_columns_of_a_table_of_measures
 
 def test_a_probe_that_fails_or_is_missing_is_named_and_alone_run_again(start, tmp_path, capsys):
     (tmp_path / "broken.txt").write_text("video")
-    with pytest.raises(UserError, match="1 of 2 runs did not finish"):
-        start(name="methods")
+    fails(start, name="methods", match="1 of 2 runs did not finish")
     shown = capsys.readouterr().out
     assert "twenty and more, seed 0, attentive probe, video, trained failed (exit code 1)" in shown
     assert "| attentive probe, audio + video | – | 80.0 |" in shown
@@ -241,53 +215,29 @@ def test_a_probe_that_fails_or_is_missing_is_named_and_alone_run_again(start, tm
     assert table(tmp_path)[1]["twenty and more"]["attentive probe, video"]["mean"] == 80
 
 
-def test_a_training_that_fails_is_not_probed(start, tmp_path):
-    with pytest.raises(UserError, match="1 of 2 runs did not finish"):
-        start("--broken", "10", name="methods")
-    assert "ten-seed0:" not in (tmp_path / "order.txt").read_text()
+def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
+    """The scripts themselves, in this process."""
+    def launch(it, step):
+        script, *flags = it["command"] if step == reproduce.TRAIN else it["probes"][step]
+        importlib.import_module(Path(script).stem).main(flags)
 
-
-def test_seconds_a_step_and_minutes_are_those_of_a_slow_loop_over_the_steps():
-    log = [{"step": 9, "ms_step": 100.0}, {"step": 19, "ms_step": 300.0}, {"step": 24, "ms_step": 200.0},
-           {"step": 26, "ms_step": 50.0}]
-    milliseconds, row = 0.0, 0
-    for step in range(27):
-        row += step > log[row]["step"]
-        milliseconds += log[row]["ms_step"]
-    np.testing.assert_allclose(reproduce.step_times(log), [0.150, milliseconds / 60_000])
+    monkeypatch.setattr(reproduce, "launch", lambda it, step: launch(it, step) or 0)
+    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+    report = tmp_path / "out/it-seed0/results.json"
+    monkeypatch.setattr(probe, "toy_report", lambda *_: report.write_text('{"chance": {"audio": 12.5}}'))
+    monkeypatch.setattr(probe, "frozen_schedule", lambda clips, most=512: (8, 1))   # not 2,000 steps
+    one = dict(rows={"it": "mjepa.py --size nano"}, after={"it": reproduce.attentive("video")})
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "methods", {**reproduce.EXPERIMENTS["methods"], **one})
+    words = ["methods", "--out", str(tmp_path / "out"), "--data-dir", str(toy),
+             *"--seeds 0 --steps 2 --batch-size 4 --workers 0 --device cpu".split()]
+    reproduce.main(words)
+    values = {column: cell["mean"] for column, cell in table(tmp_path)[1]["it"].items()}
+    assert all(0 <= values[f"attentive probe, video{which}"] <= 100 for which in ("", ", untrained"))
+    assert values["minutes of attentive probes"] >= 0 and values["seconds a step"] > 0
+    content = weights(tmp_path / "out/it-seed0")
+    model = mjepa.make_model(content["recipe"], data.Inputs(**content["inputs"]))
+    trained = [p for p in model.parameters() if p.requires_grad]            # neither teacher nor buffers
+    assert values["parameters trained"] == sum(p.numel() for p in trained)
+    assert values["parameters of the encoder"] == sum(p.numel() for p in model.context_encoder.parameters())
+    assert values["video tokens of a clip"] == 32 and values["audio tokens of a clip"] == 48
     assert reproduce.step_times([]) == (None, None)
-
-
-@pytest.mark.parametrize("method", ["ajepa", "mjepa"])
-def test_the_parameters_are_those_that_the_model_trains_without_teacher_and_buffers(method, tmp_path):
-    module = importlib.import_module(method)
-    _, recipe = module.get_args(["--size", "nano"])
-    inputs = module.make_inputs(recipe)
-    model = module.make_model(recipe, inputs)
-    optimizer = torch.optim.AdamW(common.weight_decay_groups(model, 0.05))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    content = dict(method=module.METHOD, step=1, args={"seed": 0}, inputs=asdict(inputs), projector=None)
-    content.update(cross=None, model=model.state_dict(), optimizer=optimizer.state_dict())
-    content.update(model.parts)
-    torch.save(content, tmp_path / "latest.pt")
-    encoder = sum(p.numel() for p in model.context_encoder.parameters())
-    tokens = {"audio": 96} if method == "ajepa" else {"video": 32, "audio": 48}
-    assert reproduce.sizes(tmp_path) == {
-        "parameters of the encoder": encoder, "parameters trained": sum(p.numel() for p in trained),
-        **{f"{name} tokens of a clip": count for name, count in tokens.items()}}
-
-
-def test_the_row_of_the_real_probe_is_kept(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "frozen_schedule", lambda clips, most=512: (8, 2))
-    monkeypatch.setattr(reproduce, "launch", lambda run, step: probe.main(run["probes"][step][1:]) or 0)
-    step = reproduce.attentive("video")[1]
-    experiment = {"rows": {"it": "it.py"}, "after": {"it": [step]}, "flags": ""}
-    it, = reproduce.plan(experiment, [0], tmp_path, ["--data-dir", str(toy), "--workers", "0"], [])
-    write_checkpoint(it["folder"])
-    assert reproduce.probe_run(it, step) == 0
-    row = reproduce.probed(it)[step]
-    assert row["modality"] == "video" and row["baseline"] == "untrained" and 0 <= row["value"] <= 100
-    assert row["seconds"] >= 0

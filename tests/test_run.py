@@ -1,15 +1,14 @@
-"""What run.py claims: processes, files, alarms, curves, flags, and a run, on clips that are numbers."""
+"""What run.py claims: processes, files, alarms, curves, flags, and a run on made-up clips. What a run does
+with gradients, logs and checkpoints: test_methods.py."""
 import functools
 import itertools
 import os
 import signal
-import socket
 import types
 
 import common
 import data
 import run
-from common import UserError, sigreg
 from run import Process
 
 import matplotlib.figure
@@ -18,54 +17,36 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from conftest import METHOD, StopAfter, weights
-
-CPU = Process(torch.device("cpu"))
-
-
-def fails(function, *args, match=None):
-    """The message of the UserError that the call raises: one sentence, on one line."""
-    with pytest.raises(UserError, match=match) as e:
-        function(*args)
-    assert "\n" not in str(e.value)
-    return str(e.value)
+from conftest import CPU, FORK, METHOD, StopAfter, fails, free_port
 
 
 # ---- Little: a method whose clips are numbers ----------------------------------------------------------
 
 TABLE = {"size": ("nano", "nano", ""), "seconds": (1.0, 1.0, ""), "batch_size": (8, 8, ""),
          "lr": (0.1, 0.05, ""), "steps": (None, 4, ""), "epochs": (2, None, ""), "warmup": (0.1, 0.1, "")}
-CLIPS = torch.linspace(-1, 2, 16)
-HEARD = torch.arange(16) % 3 > 0                               # the clips that have sound
 
 
 class Little(nn.Module):
-    """The loss of a clip x is (slope x - 1)^2, in float32 under autocast too. Keeps what it is given."""
+    """Keeps what it is given."""
     def __init__(self):
         super().__init__()
-        config = dict(size="nano", audio=dict(shape=(16, 16), patch=(16, 16)))
-        self.parts = dict(encoder=config)
-        self.encoder = common.ViT(**config).requires_grad_(False)
+        self.parts = dict(encoder=dict(size="nano", audio=dict(shape=(16, 16), patch=(16, 16))))
+        self.encoder = common.ViT(**self.parts["encoder"]).requires_grad_(False)
         self.slope = nn.Parameter(torch.randn(2))
         self.given = []
 
     def forward(self, batch, masks, weight, tick):
-        x = batch["audio"]
-        drawn = torch.rand(3)
-        self.given.append(dict(index=batch["index"], masks=masks, weight=weight, tick=tick, drawn=drawn))
-        each = (self.slope[0] * x - self.slope[1]).square()
-        loss = (weight["a"] * each).sum() if isinstance(weight, dict) else weight * each.mean()
-        return loss, {"loss/a": loss.detach(), "know_nothing/a": 2 * loss.detach(),
-                      "embedding/a": torch.stack([x, x ** 2, x ** 3], 1)}
+        drawn = tuple(torch.rand(3).tolist())
+        self.given.append(dict(masks=masks, weight=weight, tick=tick, drawn=drawn))
+        loss = weight * self.slope.square().sum()
+        return loss, {"loss/a": loss.detach()}
 
 
 def numbers(clips, order, workers, pin):
     """In place of data.train_loader: nothing is decoded."""
     for keys in order:
-        index = torch.tensor([i for _, i in keys])
-        present = torch.ones(len(index), dtype=torch.bool)
-        yield dict(index=index, audio=CLIPS[index], has_audio=HEARD[index], has_video=present, short=~present,
-                   bad=[], lost=0)
+        there = torch.ones(len(keys), dtype=torch.bool)
+        yield dict(index=there, has_audio=there, has_video=there, short=~there, bad=[], lost=0)
 
 
 def draw_masks(step, rank):
@@ -80,7 +61,7 @@ def read(*words):
     return args, run.read_recipe(args, "little", TABLE)
 
 
-def train(out, *words, weigh=None, interrupt=None):
+def train(out, *words, interrupt=None):
     """Train a Little as the scripts' main does. Returns its model."""
     (out / "clips").mkdir(parents=True, exist_ok=True)
     for number in range(16):
@@ -92,20 +73,18 @@ def train(out, *words, weigh=None, interrupt=None):
     model = little.build(Little)
     optimizer = torch.optim.SGD(model.parameters(), recipe["lr"])
     little.resume(model, optimizer)
-    draw = functools.partial(draw_masks, rank=little.rank)
-    little.begin(model, optimizer, data.Inputs(), None, draw, weigh)
+    little.begin(model, optimizer, data.Inputs(), None, functools.partial(draw_masks, rank=little.rank))
     if interrupt:
         little.stop = StopAfter(interrupt)
     for step in little.steps():
         for batch, masks, weight, tick in little.micro_batches(step):
-            with little.autocast():
-                loss, shown = little.model(batch, masks, weight, tick)
+            loss, shown = little.model(batch, masks, weight, tick)
             loss.backward()
             little.note(loss, shown)
-        grad_norm = little.clip()
+        little.clip()
         optimizer.step()
         optimizer.zero_grad()
-        little.log(step, grad_norm=grad_norm)
+        little.log(step)
         little.save(step)
     little.finish(None)
     return model
@@ -118,17 +97,12 @@ def no_decoding(monkeypatch):
 
 # ---- Two processes -------------------------------------------------------------------------------------
 
-RUNS = {"plain": {}, "weighed": {"weigh": {"a": ("audio",)}}}
-
-
-def joined():
-    """The batch of all processes, and the layer that it goes through."""
-    torch.manual_seed(0)
-    return torch.randn(24, 6), nn.Linear(6, 5)
-
-
-def work(rank, folder):
-    """What one of two processes finds."""
+def on_a_rank(rank, folder, port):
+    """What one of two processes finds goes into a file."""
+    data.train_loader = numbers
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
+    torch.set_num_threads(1)
     process = run.start_process("cpu")
     stop = run.StopSignal()
     stop.came = rank == 1                                      # a SIGTERM may reach one process first
@@ -136,90 +110,41 @@ def work(rank, folder):
         place=(process.rank, process.world, process.main),
         any=[process.any(flag) for flag in (True, False, rank == 0, stop)],
         largest=process.largest(3 - rank),
-        total=process.total(torch.tensor([1.0, rank])),
+        total=process.total(torch.tensor([1.0, rank])).tolist(),
         main=process.from_main(lambda: f"of {rank}"),
-        gathered=common.gather_ranks(torch.full((2, 1), float(rank))))
-    x, layer = joined()
-    wrapped = process.wrap(layer)                              # it must live until after the backward pass
-    loss = sigreg(wrapped(x[rank::2]), 7, 32)
-    loss.backward()
-    found["sigreg"] = [loss.detach(), layer.weight.grad, layer.bias.grad]
-    for name, more in RUNS.items():
-        model = train(folder / name, "--accumulate", 2, **more)
-        found[name] = (model.slope.detach(), model.given)
-    return found
-
-
-def on_a_rank(rank, folder, port):
-    data.train_loader = numbers
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
-    torch.set_num_threads(1)
-    torch.save(work(rank, folder), folder / f"{rank}.pt")
+        gathered=common.gather_ranks(torch.full((2, 1), float(rank))).flatten().tolist(),
+        given=train(folder, "--accumulate", 2).given)
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()                               # when DDP is gone, else gloo may hang
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """The folder of two processes, and what each found."""
+    """What each of two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(on_a_rank, (folder, port), nprocs=2)
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    how = "fork" if FORK else "spawn"
+    torch.multiprocessing.start_processes(on_a_rank, (folder, free_port()), nprocs=2, start_method=how)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 def test_processes_share_what_one_of_them_knows(ranks):
-    for rank, found in enumerate(ranks[1]):
+    for rank, found in enumerate(ranks):
         assert found["place"] == (rank, 2, rank == 0)
         assert found["any"] == [True, False, True, True]       # a signal at one process stops all
-        assert found["largest"] == 3 and found["total"].tolist() == [2, 1] and found["main"] == "of 0"
-        assert found["gathered"].flatten().tolist() == [0, 0, 1, 1]
-
-
-def test_sigreg_on_two_processes_is_that_of_the_joined_batch_in_value_and_gradient(ranks):
-    x, layer = joined()
-    loss = sigreg(layer(x), 7, 32)
-    loss.backward()
-    for found in ranks[1]:
-        expected = [loss.detach(), layer.weight.grad, layer.bias.grad]
-        torch.testing.assert_close(found["sigreg"], expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_micro_batches_and_processes_train_and_log_the_mean_over_the_whole_step(ranks, tmp_path, name):
-    """By hand, from the clips of each step. Computed in float32, whose sums have another order."""
-    folder, found = ranks
-    whole = train(tmp_path / "whole", **RUNS[name])
-    micro = train(tmp_path / "micro", "--accumulate", 4, **RUNS[name])
-    logs = [run.read_log(out / "run") for out in (tmp_path / "whole", tmp_path / "micro", folder / name)]
-    common.seed_step(0, 0)
-    slope = Little().slope.detach().double().numpy()
-    for step, given in enumerate(whole.given):
-        heard = HEARD[given["index"]] if name == "weighed" else slice(None)
-        x = CLIPS[given["index"]][heard].double().numpy()
-        error = slope[0] * x - slope[1]
-        gradient = 2 * np.array([(error * x).mean(), -error.mean()])
-        slope = slope - 0.05 * gradient
-        for rows in logs:
-            row = rows[step]
-            assert [row["loss"], row["loss/a"]] == pytest.approx(2 * [(error ** 2).mean()], rel=1e-4)
-            assert row["grad_norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-4)
-            assert row["std/a"] == pytest.approx(logs[0][step]["std/a"], rel=1e-4)     # over all clips
-    for trained in (whole.slope, micro.slope, found[0][name][0], found[1][name][0]):
-        np.testing.assert_allclose(trained.detach(), slope, rtol=1e-4, atol=1e-5)
+        assert found["largest"] == 3 and found["total"] == [2, 1] and found["main"] == "of 0"
+        assert found["gathered"] == [0, 0, 1, 1]
 
 
 def test_each_micro_batch_has_the_masks_of_its_own_clips_and_a_random_stream_of_its_own(ranks):
-    both = [found["plain"][1] for found in ranks[1]]
-    for rank, given in enumerate(both):
-        for tick, one in enumerate(given):
+    draws = set()
+    for rank, found in enumerate(ranks):
+        for tick, one in enumerate(found["given"]):
             context, target = one["masks"][0]["a"]
             rows = torch.arange(8)[4 * (tick % 2):][:4, None]
             assert torch.equal(context, 1000 * (tick // 2) + 100 * rank + rows) and torch.equal(target, -rows)
             assert one["tick"] == tick and one["weight"] == 0.5
-    assert len({tuple(one["drawn"].tolist()) for one in both[0] + both[1]}) == 2 * 4 * 2
+            draws.add(one["drawn"])
+    assert len(draws) == 2 * 4 * 2
 
 
 def test_the_weights_are_a_mean_over_the_clips_of_the_step_that_have_all_that_an_input_needs():
@@ -238,28 +163,17 @@ def test_the_weights_are_a_mean_over_the_clips_of_the_step_that_have_all_that_an
 
 def test_rows_and_checkpoints_come_at_their_intervals_and_at_the_end(tmp_path, monkeypatch):
     saved = []
-    save = torch.save
-
-    def keep(content, file):
-        saved.append(content["step"])
-        save(content, file)
-
-    monkeypatch.setattr(torch, "save", keep)
-    model = train(tmp_path, "--log-every", 2, "--save-every", 2, "--steps", 5)
+    monkeypatch.setattr(torch, "save", lambda content, file: saved.append(content["step"]))
+    train(tmp_path, "--log-every", 2, "--save-every", 2, "--steps", 5)
     assert [row["step"] for row in run.read_log(tmp_path / "run")] == [1, 3, 4]
     assert saved == [2, 4, 5]
-    last = weights(tmp_path / "run")
-    assert last["method"] == METHOD and last["steps"] == 5 and last["version"].startswith(run.__version__)
-    assert last["encoder"] == model.parts["encoder"] and last["projector"] is last["cross"] is None
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {"latest.pt", "log.jsonl", "curves.png"}
 
 
-def test_the_log_of_a_run_that_goes_on_continues_from_its_checkpoint(tmp_path, capsys):
+def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint_and_a_fresh_one_everything(tmp_path, capsys):
     train(tmp_path, interrupt=2)
     first = run.read_log(tmp_path / "run")
     assert "stopped after step 2 of 4" in capsys.readouterr().out
-    with open(tmp_path / "run" / "log.jsonl", "a") as f:       # after the checkpoint, before a kill
-        f.write('{"step": 2, "loss": 9}\n{"step": 3, "lo')
+    run.add_row(tmp_path / "run", "log.jsonl", {"step": 2, "loss": 9.0})       # before a kill
     (tmp_path / "run" / "results.json").write_text("[]")       # of what is written over
     train(tmp_path)
     rows = run.read_log(tmp_path / "run")
@@ -270,34 +184,22 @@ def test_the_log_of_a_run_that_goes_on_continues_from_its_checkpoint(tmp_path, c
     assert [row["step"] for row in run.read_log(tmp_path / "run")] == [0]
 
 
-def test_a_run_does_not_write_over_another_one(tmp_path):
-    train(tmp_path)
+def test_a_run_of_another_recipe_is_refused_by_all_that_differs(tmp_path):
+    train(tmp_path, "--steps", 1)
     message = fails(train, tmp_path, "--lr", 0.2, "--steps", 5)
-    assert all(part in message for part in ("lr 0.05 (now 0.2)", "steps 4 (now 5)", "--out", "--fresh"))
-    assert "seconds" not in message and weights(tmp_path / "run")["step"] == 4
+    assert "has lr 0.05 (now 0.2), steps 1 (now 5); give another --out, or --fresh" in message
     fails(train, tmp_path, "--fresh", "--resume", "x.pt", match="exclude each other")
     fails(train, tmp_path, "--out", tmp_path / "clips" / "00.wav", "--fresh", match="cannot be made")
-
-
-def test_the_norm_that_is_clipped_is_that_of_all_gradients_together():
-    model = nn.Linear(3, 2)
-    model.weight.grad = torch.full((2, 3), 2.0)
-    model.bias.grad = torch.tensor([3.0, 4.0])
-    little = types.SimpleNamespace(unwrapped=model, noted=[{"loss": torch.tensor(1.0)}], process=CPU)
-    assert run.Run.clip(little) == run.Run.clip(little, 3.5) == pytest.approx(7)
-    assert model.bias.grad.tolist() == pytest.approx([1.5, 2], rel=1e-4)
 
 
 def test_an_alarm_is_shown_when_it_begins_and_again_only_after_20_rows_without(tmp_path, monkeypatch, capsys):
     wrong = {"a rises": "a rises: 9, after 1"}
     when = (1, 2, 3, 5, 26)
     monkeypatch.setattr(run, "alarms", lambda rows, warmup: wrong if rows[-1]["step"] in when else {})
-    train(tmp_path, "--steps", 28, interrupt=3)
-    out = capsys.readouterr().out
-    assert out.count("WARNING") == 1 and "WARNING at step 1: a rises: 9, after 1" in out
-    train(tmp_path, "--steps", 28)                             # not again when the run goes on
-    out = capsys.readouterr().out
-    assert out.count("WARNING") == 1 and "WARNING at step 26: a rises" in out
+    for interrupt, step in ((3, 1), (None, 26)):               # not again when the run goes on
+        train(tmp_path, "--steps", 28, interrupt=interrupt)
+        out = capsys.readouterr().out
+        assert out.count("WARNING") == 1 and f"WARNING at step {step}: a rises: 9, after 1" in out
 
 
 def test_a_row_on_screen_has_a_loss_beside_that_of_knowing_nothing():
@@ -335,45 +237,42 @@ def late(value, last):
     return np.where(np.arange(60) < 60 - last, 1.0, value)
 
 
-def names(*given):
-    """Of what alarms speak."""
-    return {name.split()[0] for name in run.alarms(*given)}
-
-
 def test_a_healthy_log_raises_no_alarm_at_any_moment():
     for rows in (log_of(seed=1), log_of(seed=2), log_of(noise=0.05)):
         assert not any(run.alarms(rows[:n + 1]) for n in range(60))
     harder = np.linspace(1, 2, 60)                             # richer targets are harder: no alarm
-    assert not names(log_of(**{"loss/a": harder, "know_nothing/a": harder}))
+    assert not run.alarms(log_of(**{"loss/a": harder, "know_nothing/a": harder}))
+
+
+EMPTY = late(0.01, 8)                                          # the targets say nothing any more
+HIGH_AT_FIRST = np.where(np.arange(60) < 10, 3, 1)
 
 
 @pytest.mark.parametrize("term", WITHIN)
-def test_what_goes_wrong_within_an_input_is_named(term):
-    slowly = np.where(np.arange(60) < 25, 1, np.linspace(0, 2.2, 60).clip(1))
-    for factor in (late(2.0, 3), late(1.35, 6), slowly):
-        assert set(run.alarms(log_of(**{f"loss/{term}": factor}))) == {f"{term} rises"}
-    assert not names(log_of(**{f"loss/{term}": late(1.05, 6)}))
+@pytest.mark.parametrize("kind, factor, alarm", [
+    ("loss", late(2.0, 3), "rises"), ("loss", late(1.35, 6), "rises"), ("loss", late(1.05, 6), None),
+    ("loss", np.where(np.arange(60) < 25, 1, np.linspace(0, 2.2, 60).clip(1)), "rises"),         # slowly
+    ("rank", late(1 / 3, 10), "rank"), ("rank", np.linspace(1, 0.2, 60), "rank"),
+    ("rank", HIGH_AT_FIRST * late(1 / 3, 10), "rank"), ("rank", HIGH_AT_FIRST, None),           # a warm-up
+    ("rank", 0.5, None), ("std", late(0.01, 1), "collapse")])  # low from the start is no fall
+def test_what_goes_wrong_within_an_input_is_named(term, kind, factor, alarm):
+    found = run.alarms(log_of(**{f"{kind}/{term}": factor}), 100)              # a warm-up of 10 rows
+    assert set(found) == ({f"{term} {alarm}"} if alarm else set())
+
+
+@pytest.mark.parametrize("term", WITHIN)
+def test_a_rise_is_named_when_it_happens(term):
     rows = log_of(**{f"loss/{term}": late(2.0, 10)})
-    assert not any(run.alarms(rows[:n]) for n in range(1, 51))
-    assert names(rows[:54]) == {term}                          # when it happens
-    empty = late(0.01, 8)                                      # the targets say nothing any more
-    rows = log_of(**{f"loss/{term}": empty, f"know_nothing/{term}": empty})
-    assert set(run.alarms(rows)) == {f"{term} floor"}
-    for factor in (late(1 / 3, 10), np.linspace(1, 0.2, 60)):
-        assert set(run.alarms(log_of(**{f"rank/{term}": factor}))) == {f"{term} rank"}
-    assert not names(log_of(**{f"rank/{term}": 0.5}))          # low from the start is no fall
-    warmup = np.where(np.arange(60) < 10, 3, 1)
-    assert not names(log_of(**{f"rank/{term}": warmup}), 100)  # nor is one in the warm-up, here 10 rows
-    assert names(log_of(**{f"rank/{term}": warmup * late(1 / 3, 10)}), 100) == {term}
-    assert set(run.alarms(log_of(**{f"std/{term}": late(0.01, 1)}))) == {f"{term} collapse"}
+    named = [n for n in range(1, 55) if run.alarms(rows[:n])]
+    assert 50 < named[0] and named[-1] == 54
 
 
-@pytest.mark.parametrize("term", ACROSS)
-def test_a_term_across_at_its_floor_is_named(term):
-    empty = late(0.01, 8)
-    assert set(run.alarms(log_of(**{f"loss/{term}": empty}))) == {f"{term} floor"}
-    assert names(log_of(**{f"loss/{term}": empty, f"know_nothing/{term}": empty})) == {term}
-    assert not names(log_of(**{f"loss/{term}": 0.7}))          # what is learnt well is not at its floor
+@pytest.mark.parametrize("term", WITHIN + ACROSS)
+def test_a_term_at_its_floor_is_named(term):
+    for kinds in [("loss", "know_nothing"), ("loss",)][:1 + (term in ACROSS)]:
+        rows = log_of(**{f"{kind}/{term}": EMPTY for kind in kinds})
+        assert set(run.alarms(rows)) == {f"{term} floor"}
+    assert not run.alarms(log_of(**{f"loss/{term}": 0.7}))          # what is learnt well is not at its floor
 
 
 def test_steps_without_any_sound_are_no_alarm_and_a_term_that_no_clip_could_train_is_named():
@@ -384,7 +283,7 @@ def test_steps_without_any_sound_are_no_alarm_and_a_term_that_no_clip_could_trai
         return rows
 
     for steps in ([59], [57, 58, 59], range(40, 52, 2), range(30, 45, 2)):
-        assert not names(without("a", steps)) and not names(without("a->v", steps))
+        assert not run.alarms(without("a", steps)) and not run.alarms(without("a->v", steps))
     never = without("v", range(60))
     assert not any(run.alarms(never[:n]) for n in range(1, 5))
     assert "--terms" in run.alarms(never[:5])["v has none"]
@@ -449,16 +348,6 @@ def test_the_curves_show_each_column_over_the_steps_and_nothing_of_pyplots_chang
 
 # ---- Processes and signals -----------------------------------------------------------------------------
 
-@pytest.fixture
-def handlers():
-    """Python's own signal handlers; afterwards those that were there before."""
-    own = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in own.items()}
-    yield own
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_is_true_once_it_came_and_lets_a_second_ctrl_c_through(handlers, number):
     stop = run.StopSignal()
@@ -472,13 +361,10 @@ def test_a_stop_signal_is_true_once_it_came_and_lets_a_second_ctrl_c_through(han
 
 
 def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    for device in ("potato", "cuda:99", "cpu:x"):
-        assert f"--device {device}" in fails(run.start_process, device)
-
     def zeros(*args, **more):
         raise AssertionError("Torch not compiled with CUDA enabled")   # what such a torch raises
 
+    assert "--device potato" in fails(run.start_process, "potato")
     monkeypatch.setattr(torch, "zeros", zeros)
     assert "--device cuda" in fails(run.start_process, "cuda")
 
@@ -497,14 +383,10 @@ def test_a_process_of_torchrun_touches_no_gpu_but_its_own(monkeypatch):
     assert process.device == own and process.bf16
 
 
-def test_one_process_without_torchrun_has_no_process_group(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    process = run.start_process("cpu")
-    layer = nn.Linear(2, 2)
-    assert (process.rank, process.world, process.main) == (0, 1, True)
-    assert not dist.is_initialized() and process.wrap(layer) is layer
-    with process.autocast():
-        assert torch.is_autocast_enabled("cpu") == process.bf16
+@pytest.mark.parametrize("bf16", [True, False])
+def test_autocast_is_bf16_where_the_device_computes_in_it(bf16):
+    with Process(torch.device("cpu"), bf16=bf16).autocast():
+        assert torch.is_autocast_enabled("cpu") == bf16 and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def test_the_workers_share_the_cores(monkeypatch):

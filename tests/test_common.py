@@ -375,7 +375,11 @@ def test_what_is_no_checkpoint_of_ours_is_refused_with_a_sentence(tmp_path):
     for content in (whole[:-100], whole[:10], b"", b"step,loss\n0,1\n", b"\x80\x02junk", trap):
         file.write_bytes(content)
         assert str(file) in fails(common.load_checkpoint, tmp_path, match="cannot be read")
-    for other in ([1, 2], torch.zeros(3), {"state_dict": {}}, "text", None):
+    write_checkpoint(tmp_path)
+    content = torch.load(file)
+    parts = [{key: x for key, x in content.items() if key != part} for part in ("recipe", "step", "model")]
+    nameless = {**content, "method": {"title": "?"}}
+    for other in ([1, 2], torch.zeros(3), {"state_dict": {}}, "text", None, nameless, *parts):
         torch.save(other, file)
         assert str(file) in fails(common.load_checkpoint, tmp_path, match="cannot be read")
     assert not (tmp_path / "sprung").exists()                  # weights_only: nothing ran

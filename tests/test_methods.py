@@ -716,7 +716,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence_and_kept(
     value, sentence = REFUSED[key]
     out = shutil.copytree(finished[method.name], tmp_path / "run")
     content = weights(out)
-    content[key] = content[key] | value if key == "recipe" else value
+    content[key] = value if key == "version" else content[key] | value
     if key == "version":                               # the first one wrote the method's name alone
         content["method"] = method.name
     torch.save(content, out / "latest.pt")

@@ -247,7 +247,9 @@ def single_steps(patch, script, loss, steps, toy, out, *flags):
 
     def spy(optimizer):
         groups = optimizer.param_groups
-        grads = [p.grad.norm() for group in groups for p in group["params"]]
+        grads = []
+        for group in groups:
+            grads += [p.grad.norm() for p in group["params"]]
         rates = [(group["lr"], group["weight_decay"]) for group in groups]
         found.append((*rates, torch.stack(grads).norm().item()))
         return real(optimizer)

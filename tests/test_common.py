@@ -377,7 +377,9 @@ def test_what_is_no_checkpoint_of_ours_is_refused_with_a_sentence(tmp_path):
         assert str(file) in fails(common.load_checkpoint, tmp_path, match="cannot be read")
     write_checkpoint(tmp_path)
     content = torch.load(file)
-    parts = [{key: x for key, x in content.items() if key != part} for part in ("recipe", "step", "model")]
+    parts = []
+    for part in ("recipe", "step", "model"):
+        parts.append({key: x for key, x in content.items() if key != part})
     nameless = {**content, "method": {"title": "?"}}
     for other in ([1, 2], torch.zeros(3), {"state_dict": {}}, "text", None, nameless, *parts):
         torch.save(other, file)

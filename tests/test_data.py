@@ -437,7 +437,8 @@ def test_a_batch_holds_the_views_in_order_and_says_what_lacks(listing):
 
 
 def test_a_clip_is_opened_once_for_all_its_views_and_each_window_decoded_once(listing, monkeypatch):
-    opened, asked = [], []
+    opened = []
+    asked = []
     really_open = av.open
     really_read = reader.Clip.read
     monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a[0]) or really_open(*a, **k))
@@ -738,7 +739,8 @@ def test_toy_places_point_at_the_sounding_object_and_the_silent_one():
 
 def test_toy_size_and_pitch_move_together():
     """Area by counting pixels, pitch by the strongest partial, in the class whose fundamental is loudest."""
-    areas, pitches = [], []
+    areas = []
+    pitches = []
     for index in range(0, 160, 8):
         _, wave, truth = toy_item(index)
         if not truth["silent"]:

@@ -46,7 +46,9 @@ def test_the_accuracy_counts_no_ties():
 
 def test_recall_equals_a_slow_loop_and_rows_are_the_queries():
     scores = random(40, 40)
-    rank = [sum(score >= row[i] for score in row) for i, row in enumerate(scores.tolist())]
+    rank = []
+    for i, row in enumerate(scores.tolist()):
+        rank.append(sum(score >= row[i] for score in row))
     got = retrieval.recall(scores)
     for k in (1, 5, 10):
         assert got[f"R@{k}"] == pytest.approx(100 * np.mean(np.array(rank) <= k))

@@ -135,7 +135,9 @@ def test_sigreg_has_the_constants_of_the_page():
 
 
 def test_schedules_are_as_the_page_writes_them():
-    peak, warmup, steps = 3.0, 10, 50
+    peak = 3.0
+    warmup = 10
+    steps = 50
     for s in range(steps):
         cosine = peak / 2 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup - 1)))
         expected = peak * (s + 1) / warmup if s < warmup else cosine

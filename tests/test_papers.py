@@ -195,7 +195,9 @@ def slow_predictions(model, h, masks, b, s):
 def slow_step(model, batch, masks, weight, kind):
     """What a first step shows, and the running means after it, by loops over clips, mask sets and tokens."""
     h, z = slow_passes(model, batch, masks)
-    y = {key: torch.cat([layer_norm(level, eps=1e-5) for level in levels], -1) for key, levels in z.items()}
+    y = {}
+    for key, levels in z.items():
+        y[key] = torch.cat([layer_norm(level, eps=1e-5) for level in levels], -1)
     pooled = {key: layer_norm(levels[-1].mean(0), eps=1e-5) for key, levels in z.items()}
     predictions = {}
     for b, s in itertools.product(range(3), range(len(masks))):

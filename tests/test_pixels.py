@@ -135,7 +135,9 @@ def test_the_errors_equal_a_slow_loop_over_patches_and_leave_out_what_a_clip_lac
                 error = (guess[b, i] - one.truth[b, i]).square().mean().item()
                 values[part, m, name].append(error)
     got = {(part, m): errors[part].pop(m) for part, m in itertools.product(("hidden", "visible"), GRIDS)}
-    flat = {(*key, name): value for key, row in got.items() for name, value in row.items()}
+    flat = {}
+    for key, row in got.items():
+        flat.update({(*key, name): value for name, value in row.items()})
     assert flat == {key: pytest.approx(np.mean(each), rel=1e-5) for key, each in values.items()}
 
 

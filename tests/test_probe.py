@@ -126,7 +126,8 @@ def test_decoding_anew_never_trains_on_validation_or_test_clips(more, ears, tone
     made = record(monkeypatch, data, "Clips")
     row = probed(ears, "held", tones, "--lr", 1e-3, *QUICK, "--probe", *more)
     trained, = [clips for _, clips in made if clips.replace]
-    assert sorted(names(trained.listing)) == [f"train/{c}/{n}.wav" for c in sorted(TONES) for n in range(7)]
+    files = [f"train/{c}/{n}.wav" for c, n in itertools.product(sorted(TONES), range(7))]
+    assert sorted(names(trained.listing)) == files
     assert (row["N"], row["left_out"], row["view_seconds"], row["views"]) == (8, 1, 1.0, 1)
     assert row["held_out"] is not None
 

@@ -1,4 +1,5 @@
 """Every command of the four pages runs, at tiny size: parsed from them, with flags that shrink it."""
+import itertools
 import json
 import os
 import re
@@ -38,7 +39,7 @@ def commands(text):
     return [line for line in lines if re.match(r"(python|torchrun) ", line)]
 
 
-ALL = list(dict.fromkeys(line for text in PAGES.values() for line in commands(text)))
+ALL = list(dict.fromkeys(itertools.chain.from_iterable(map(commands, PAGES.values()))))
 COMMANDS = [line for line in ALL if "pytest" not in line and "figures/" not in line]
 
 
@@ -198,7 +199,8 @@ def test_command_of_the_pages_runs(place, line, monkeypatch):
     if "curves" in words:
         for folder in re.findall(r"runs/\S+", line):
             train(place, folder)
-    launch, ranks = [sys.executable], 1
+    launch = [sys.executable]
+    ranks = 1
     if torchrun and FORK and line != next(c for c in COMMANDS if c.startswith("torchrun")):
         ranks = 2
     elif torchrun:                                      # one of them as it is

@@ -92,7 +92,8 @@ def test_each_row_runs_once_for_each_seed_and_the_table_is_their_mean_and_spread
     assert order[:2] == BOTH and len(order) == len(set(order)) == 6
     text, rows = table(tmp_path)
     for row, base in (("ten", 10), ("twenty and more", 20)):
-        values, cell = np.array([base, base + 1, base + 9]), rows[row]["audio"]
+        values = np.array([base, base + 1, base + 9])
+        cell = rows[row]["audio"]
         assert list(cell["values"].values()) == values.tolist()
         np.testing.assert_allclose([cell["mean"], cell["std"]], [values.mean(), values.std(ddof=1)])
     assert "| | audio | seeds |\n|---|---|---|\n| ten | 13.3 ± 4.9 (10.0, 11.0, 19.0) | 0, 1, 3 |\n" in text

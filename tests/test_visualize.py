@@ -120,7 +120,10 @@ def test_views_cover_the_whole_clip_and_show_the_seconds_that_they_name(tmp_path
 
 def read_film(path):
     """(times of the frames, frames (N, H, W, 3), wave (channels, samples), rate), from the clip's begin."""
-    frames, parts, times, heard = [], [], [], []
+    frames = []
+    parts = []
+    times = []
+    heard = []
     with av.open(str(path)) as container:
         assert [s.codec_context.name for s in data.find_streams(container)] == ["h264", "aac"]
         origin = container.start_time / av.time_base
@@ -266,7 +269,8 @@ def test_the_toy_objects_are_looked_for_in_the_frames_that_the_encoder_sees(tmp_
 def test_a_peak_on_the_object_counts_and_on_the_silent_one_does_not(runs, toy, tmp_path, monkeypatch, capsys):
     """The trained encoder's peak is planted on the sounding object, the untrained one's on the silent one."""
     truth = np.load(toy / "test" / "truth.npz")
-    masks, peaks = {}, {}
+    masks = {}
+    peaks = {}
     for key in ("place", "silent_place"):               # of the middle two seconds, ten frames a second
         mask = [visualize.touched(place, [[12, 17], [22, 27]], GRID, 0.8) for place in truth[key]]
         masks[key] = np.reshape(mask, (16, 2, 16))
@@ -386,7 +390,8 @@ def test_the_map_has_a_row_and_a_point_for_each_clip_and_modality(
     assert header == ["file", "class", "group", "modality", "tsne_1", "tsne_2", "pca_1", "pca_2"]
     assert (tmp_path / f"map-toy-{name}.png").is_file()
     encoder = common.load_encoder(runs[method], untrained="--untrained" in flags)
-    z, expected = [], []
+    z = []
+    expected = []
     for m, i in itertools.product(["audio", "video"] if pairs else [name.split("-")[0]], range(16)):
         label = data.TOY_CLASSES[i % 8]
         if label in group_of:

@@ -521,14 +521,16 @@ def get_args(argv=None):
     """(args, flags that are not ours, for each run)."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
-    add = parser.add_argument
-    add("experiment", choices=tuple(EXPERIMENTS))
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("experiment", choices=tuple(EXPERIMENTS))
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", help="of each run and its probes: folder with the clips (default: theirs)")
+    add = parser.add_argument_group("run").add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of each row for each")
     add("--out", help="folder of its runs, table and picture (default: runs/EXPERIMENT)")
     add("--dry-run", action="store_true", help="show what is finished and what is left, and run nothing")
-    add("--data-dir", help="of each run and its probes: folder with the clips")
-    add("--workers", help="of each run and its probes: processes that decode")
-    add("--device", help="of each run and its probes: auto, cpu, mps or cuda")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="of each run and its probes: auto, cpu, mps or cuda (default: theirs)")
+    add("--workers", help="of each run and its probes: processes that decode (default: theirs)")
     args, extra = parser.parse_known_args(argv)
     for word in extra:
         if word.split("=")[0] in ("--data", "--fresh", "--resume", "--seed"):

@@ -987,23 +987,22 @@ def load(args, process, untrained=False):
     return common.load_encoder(args.ckpt, process.device, untrained or args.untrained, weights=args.encoder)
 
 
-def encoder_flags(add):
-    add("--ckpt", required=True, help="folder of a run, or its latest.pt")
-    add("--untrained", action="store_true", help="the same encoder as it was initialised, for comparison")
-    add("--encoder", choices=("context", "target"),
+def encoder_flags(add_data, add_run, add_method):
+    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
+    add_run("--ckpt", required=True, help="folder of a run, or its latest.pt")
+    add_run("--out", help="folder for the files (default: the run's)")
+    add_method("--untrained", action="store_true",
+        help="the same encoder as it was initialised, for comparison")
+    add_method("--encoder", choices=("context", "target"),
         help="of a method that has both; default: the one that it evaluates")
-    add("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
-    add("--out", help="folder for the files (default: the run's)")
-    add("--workers", type=int, help="processes that decode (default: by the cores)")
-    add("--device", default="auto", help="auto, cpu, mps or cuda")
 
 
-def set_flags(add, clips, text):
-    add("--data", required=True, help=", ".join(data.SETS))
-    add("--modality", choices=tuple(probe.MODALITIES),
+def set_flags(add_data, add_run, add_method, clips, text):
+    add_data("--data", required=True, help=", ".join(data.SETS))
+    add_data("--clips", type=int, default=clips, help=text)
+    add_run("--seed", type=int, default=0, help="of the choice of clips, and of t-SNE")
+    add_method("--modality", choices=tuple(probe.MODALITIES),
         help="default: all that the encoder takes and the set has")
-    add("--clips", type=int, default=clips, help=text)
-    add("--seed", type=int, default=0, help="of the choice of clips, and of t-SNE")
 
 
 def get_args(argv=None):
@@ -1011,33 +1010,40 @@ def get_args(argv=None):
     commands = parser.add_subparsers(dest="what", required=True)
 
     def command(name, text):
-        return commands.add_parser(name, help=text, description=text, formatter_class=run.Help).add_argument
+        return commands.add_parser(name, help=text, description=text, formatter_class=run.Help)
 
-    add = command("attention", "audio -> video and video -> audio attention: of a clip, as a picture and a "
-                  "film; or how often it finds the toy's sounding object")
-    encoder_flags(add)
-    add("--clip", help="a file with sound and pictures (default: none)")
-    add("--data", choices=("toy",), help="in place of --clip: where what sounds is known (default: none)")
-    add("--heads", choices=("mean", "each"), default="mean", help="averaged, or one by one")
-    add("--layer", type=int, default=-1, help="block, from 0; -1 is the last one")
+    def groups(name, text):
+        return run.flag_groups(command(name, text))[:3]
 
-    add = command("pca", "PCA of the last layer's tokens, one basis for each class, the top three components "
-                  "as colours")
-    encoder_flags(add)
-    set_flags(add, 3, "clips of each class")
-    add("--classes", nargs="+", help="names of classes (default: the first three)")
+    add_data, add_run, add_method = groups(
+        "attention", "audio -> video and video -> audio attention: of a clip, as a picture and a film; or "
+        "how often it finds the toy's sounding object")
+    encoder_flags(add_data, add_run, add_method)
+    add_data("--clip", help="a file with sound and pictures (default: none)")
+    add_data("--data", choices=("toy",),
+        help="in place of --clip: where what sounds is known (default: none)")
+    add_method("--heads", choices=("mean", "each"), default="mean", help="averaged, or one by one")
+    add_method("--layer", type=int, default=-1, help="block, from 0; -1 is the last one")
 
-    add = command("map", "clips in the plane, by t-SNE and by PCA, and their coordinates in a csv")
-    encoder_flags(add)
-    set_flags(add, 5000, "at most so many")
-    add("--pairs", action="store_true",
-        help="each clip twice, by its sound and by its pictures, joined by a line")
-    add("--groups",
+    add_data, add_run, add_method = groups(
+        "pca", "PCA of the last layer's tokens, one basis for each class, the top three components as "
+        "colours")
+    encoder_flags(add_data, add_run, add_method)
+    set_flags(add_data, add_run, add_method, 3, "clips of each class")
+    add_data("--classes", nargs="+", help="names of classes (default: the first three)")
+
+    add_data, add_run, add_method = groups(
+        "map", "clips in the plane, by t-SNE and by PCA, and their coordinates in a csv")
+    encoder_flags(add_data, add_run, add_method)
+    set_flags(add_data, add_run, add_method, 5000, "at most so many")
+    add_data("--groups",
         help="a csv with the columns class and group: colours for groups, no other classes (default: none)")
-    add("--embedding", choices=("encoder", "projected"), default="encoder",
+    add_method("--pairs", action="store_true",
+        help="each clip twice, by its sound and by its pictures, joined by a line")
+    add_method("--embedding", choices=("encoder", "projected"), default="encoder",
         help="encoder: CLS, or the mean of the tokens; projected: where the loss was taken")
 
-    add = command("curves", "losses and health of one or several runs, from their logs")
+    add = command("curves", "losses and health of one or several runs, from their logs").add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run")
     add("--out", help="folder for the file (default: the first run's)")
     args = parser.parse_args(argv)

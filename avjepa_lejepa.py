@@ -108,8 +108,7 @@ def get_args(argv=None):
 def plan_views(rng, duration, seconds, local):
     """2 global views (audio and video) and 2 local ones, each with a start of its own; audio and video of a
     view share it."""
-    # unspecified: a clip that lacks a stream keeps its views, with silence or black in its place; the log
-    # counts them
+    # unspecified: for a clip that cannot fill a view, as one without sound, data.Clips draws another
     def view(crop, video=True, audio=True):
         start = rng.uniform(0, max(0.0, duration - seconds))
         return data.View(start, seconds, crop if video else None, audio)

@@ -4,23 +4,39 @@
         windows = [(0.0, 2.0), (clip.duration - 2.0, 2.0)]              # (start, seconds)
         read = clip.read(windows, windows, num_frames=16, size=224, sample_rate=16000)
 
-Each stream has a collector, which takes from the decoded frames what the windows ask for: Pictures and Sound.
+What a file says of itself may be wrong: a length that is a guess is measured, a seek is judged by what came
+of it, and a file in which nothing decodes, or which costs too much, is a ClipError with its name.
 """
 import contextlib
 import math
 import os
+import time
 from collections import deque
 
 import av
 import numpy as np
-import torch
-import torchaudio
 
 from common import UserError
+from datasets.collectors import SLACK, Pictures, Sound
 
-LOOK_AHEAD = 0.05       # seconds of sound after the last window: the resampling filter looks a little ahead
-SLACK = 0.1             # seconds that a window may lie outside of what decoded: with more the clip is short
-SEEK_FROM = 2.0         # seconds: a window that begins later is sought
+SEEK_FROM = 2.0         # seconds: to a window that begins later the reader jumps
+APART = 10.0            # seconds from the end of one window to the next: between such two it jumps, too
+PREROLL = 0.5           # seconds of sound that a decoder needs before its output is right
+HELD = 1000             # packets of pictures that wait for the next key frame
+MAX_SECONDS = 60.0      # what a clip may cost; or as many as were asked for
+
+# These containers know their length and find a place by an index or by counting bytes ...
+INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "asf", "flv", "nut", "mxf", "flac", "wav", "w64",
+           "aiff", "au", "caf", "tta"}
+# ... these know it, but a seek in them goes wrong; of all others FFmpeg guesses by the bit rate
+TIMED = {"mpegts", "mpeg", "avi", "ogg"}
+COUNTED = {"aac"}       # FFmpeg times its packets by the first one's sample rate: their samples tell the time
+# What makes FFmpeg read other files or devices is not opened
+FOLLOWERS = {"concat", "hls", "dash", "webm_dash_manifest", "imf", "sdp", "rtp", "rtsp", "sap", "image2",
+             "vobsub", "lavfi", "avisynth", "vapoursynth", "alsa", "oss", "pulse", "jack", "fbdev", "kmsgrab",
+             "x11grab", "xcbgrab", "video4linux2,v4l2", "avfoundation", "dshow", "gdigrab", "decklink"}
+SINGLE = ",".join(sorted(av.formats_available - FOLLOWERS))
+OPTIONS = {"format_whitelist": SINGLE, "protocol_whitelist": "file"}
 
 
 class ClipError(UserError):
@@ -32,265 +48,380 @@ def errors_as_sentence(path):
     """What FFmpeg says of a file as a ClipError."""
     try:
         yield
+    except av.error.ExitError:
+        raise too_slow(path) from None
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as e:
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise ClipError(f"{path}: does not decode ({reason})") from None
 
 
+def too_slow(path):
+    return ClipError(f"{path}: does not decode (it takes more than {MAX_SECONDS:g} seconds; cut it into "
+                     "shorter clips, or write it anew)")
+
+
 @contextlib.contextmanager
 def open_clip(path, frame_rate=None):
-    """Open a file as a Clip, which can be read once. Raises ClipError.
+    """Open a file as a Clip. Raises ClipError.
 
     With a frame_rate the clip's duration and its windows count frames: one second is `frame_rate` frames of
     this clip, however long those take."""
     with errors_as_sentence(path):
-        absolute = os.path.abspath(path)                        # FFmpeg would take "a:b" for a protocol
-        if os.path.getsize(absolute) == 0:
-            raise ClipError(f"{path}: the file is empty")
-        container = av.open(absolute, metadata_errors="replace")
-    with container:
-        with errors_as_sentence(path):
-            clip = Clip(path, container, frame_rate)
+        clip = Clip(path, frame_rate)
+    try:
         yield clip
+    finally:
+        clip.container.close()
 
 
 class Clip:
     """An open file: .video and .audio, its streams or None; .duration in seconds (of the frame_rate, where
     one is given); .stretch, seconds of the clip's own clock in one of those."""
-    def __init__(self, path, container, frame_rate=None):
+    def __init__(self, path, frame_rate=None):
         self.path = path
-        self.container = container
-        self.video, self.audio = find_streams(container)
-        self.origin = (container.start_time or 0) / av.time_base        # the clock's time at the start
-        self.seconds = self.find_length()                               # on the clip's own clock
-        self.stretch = time_stretch(self.video, frame_rate)
-        self.duration = self.seconds / self.stretch
+        self.budget = MAX_SECONDS                               # seconds that it may still cost
+        self.shape = None                                       # (height, width) of its pictures as read
+        self.lonely = False                                     # its video is a single picture: none
+        self.open()
+        try:
+            self.origin = (self.container.start_time or 0) / av.time_base       # the clock's at the start
+            self.stretch = time_stretch(self.video, frame_rate)
+            self.set_length(self.find_length())
+        except BaseException:
+            self.container.close()
+            raise
+
+    def open(self):
+        """Open the file, at its beginning."""
+        absolute = os.path.abspath(self.path)                   # FFmpeg would take "a:b" for a protocol
+        size = os.path.getsize(absolute)
+        if not os.path.isfile(absolute):                        # to open a pipe is to wait for its writer
+            raise ClipError(f"{self.path}: does not decode (it is no file)")
+        if size == 0:
+            raise ClipError(f"{self.path}: the file is empty")
+        self.container = av.open(
+            absolute, metadata_errors="replace", timeout=MAX_SECONDS, container_options=OPTIONS)
+        self.fresh = True                                       # nothing of it was read yet
+        self.video, self.audio = find_streams(self.container)
+        if self.lonely:
+            self.video = None
+        for stream in (self.video, self.audio):
+            if stream is not None:
+                stream.codec_context.thread_count = 1   # frame threads and an early stop hang beside torch
+
+    def rewind(self):
+        """To the beginning; by opening it again, since not every file can be sought."""
+        if not self.fresh:
+            self.container.close()
+            self.open()
+
+    def set_length(self, seconds):
+        """seconds: on the clip's own clock."""
+        self.seconds = seconds
+        self.duration = seconds / self.stretch
 
     def find_length(self):
-        if (self.container.duration or 0) > 0:
+        """Seconds on the clip's own clock: what the file says, or, where that is a guess, its packets."""
+        name = self.container.format.name
+        known = name in INDEXED or name in TIMED or name == "mp3" and says_its_length(self.path)
+        late = self.origin > 1                                  # some count from 0 all the same
+        piped = any(stream.frames >= 2 ** 30 for stream in self.container.streams)      # an avi's placeholder
+        if known and not late and not piped and (self.container.duration or 0) > 0:
             return self.container.duration / av.time_base
-        lengths = [0.0]                                         # a container without an index, a raw stream
-        for stream in (self.video, self.audio):
-            if stream is not None and stream.duration:
-                lengths.append(float(stream.duration * stream.time_base))
-        return max(lengths)
+        return max(self.ends().values(), default=0.0)
+
+    def ends(self, decode=False):
+        """{"video": seconds, "audio": seconds}: when the streams that are there end, on the clip's own clock,
+        by their packets, or by what decodes. Finds out whether the video is a single picture."""
+        self.rewind()
+        streams = [stream for stream in (self.video, self.audio) if stream is not None]
+        ends = {stream.type: [] for stream in streams}
+        if decode or self.container.format.name in COUNTED:
+            for stream, frame in self.frames(streams):
+                ends[stream.type].append(frame.time - self.origin + length_of(frame, stream))
+            streams = []
+        clocks = {stream.type: 0.0 for stream in streams}       # when the last packet ended
+        for packet in self.packets(streams):
+            if packet.size:
+                kind = packet.stream.type
+                begin = self.time_of(packet)
+                begin = clocks[kind] if begin is None else begin
+                clocks[kind] = begin + float((packet.duration or 0) * packet.time_base)
+                ends[kind].append(clocks[kind])
+        self.lonely = len(ends.get("video", ())) == 1
+        self.rewind()
+        return {kind: last_of(np.array(each)) for kind, each in ends.items() if len(each) > (kind == "video")}
+
+    def shorten(self, video, audio):
+        """Measure the length: as far as all streams reach that are asked for. video, audio: are they? Returns
+        whether it is less than was thought."""
+        asked = {"video": video, "audio": audio}
+        for decode in (False, True):
+            with errors_as_sentence(self.path):
+                ends = self.ends(decode)
+            seconds = min((end for kind, end in ends.items() if asked[kind]), default=self.seconds)
+            if seconds < self.seconds - SLACK:
+                self.set_length(seconds)
+                return True
+        return False
 
     def read(self, video_windows, audio_windows, num_frames, size, sample_rate):
-        """Decode the windows, each (start, seconds), in one pass. Returns a dict:
+        """Decode the windows, each (start, seconds); those that lie close together in one pass. Returns a
+        dict:
 
         video: a (T, H, W, 3) uint8 array for each video window, short side `size`, T = num_frames frames at
         the middle of T equal parts of the window; audio: a (samples,) float32 array for each audio window,
-        the mean of the channels at sample_rate; has_video, has_audio (of a stream that no window asks for: is
-        it there); short: more than .1 s of a window lies outside of what decoded (the picture then holds its
-        nearest frame and the sound is zero). An absent stream is zeros. Raises ClipError."""
+        the mean of the channels at sample_rate; seen, heard: a bool for each video and each audio window: did
+        something in it decode; has_video, has_audio: did it in all of them (of a stream that no window asks
+        for: is it there); short: more than .1 s of a window lies outside of what decoded (the picture then
+        holds its nearest frame and the sound is zero). An absent stream is zeros. Raises ClipError."""
+        shown = self.on_clock(video_windows)
+        heard = self.on_clock(audio_windows)
         with errors_as_sentence(self.path):
-            pictures = Pictures(self.video, self.on_clock(video_windows), num_frames, size)
-            sound = Sound(self.audio, self.on_clock(audio_windows), sample_rate)
-            streams = [part.stream for part in (pictures, sound) if part.open]
-            sought = bool(streams) and self.seek(pictures.windows + sound.windows)
-            self.decode(streams, pictures, sound)
-            pictures.finish()
-            sound.finish()
+            self.budget += max(0.0, sum(seconds for _, seconds in {*shown, *heard}) - MAX_SECONDS)
+            passes = []
+            for first, last in stretches(shown + heard):
+                wanted = [window for window in shown if first <= window[0] <= last]
+                sounds = [window for window in heard if first <= window[0] <= last]
+                passes.append(self.read_stretch(first, wanted, sounds, num_frames, size, sample_rate))
+            if self.video is not None and passes and sum(pictures.count for pictures, _ in passes) == 1:
+                self.ends()
+            came = any(pictures.count or sound.count for pictures, sound in passes)
             absent = self.video is None and self.audio is None
-            if absent or streams and not (pictures.found or sound.parts):
-                raise ClipError(f"{self.path}: nothing in it decodes (no video frame, no sound)")
+            if absent or passes and not came and not self.decodes(bool(shown), bool(heard)):
+                found = "a single picture, which is no video" if self.lonely else "no video frame"
+                raise ClipError(f"{self.path}: nothing in it decodes ({found}, no sound)")
+            return self.join(passes, shown, heard, num_frames, size)
 
-            has_video = bool(pictures.found) if video_windows else self.video is not None
-            silent = bool(audio_windows) and not sound.parts
-            silent = silent and not sought                      # its sound may end before the place sought
-            has_audio = self.audio is not None and not silent
-            return {
-                "video": pictures.arrays(),
-                "audio": sound.arrays(),
-                "has_video": has_video,
-                "has_audio": has_audio,
-                "short": bool(pictures.is_short() or has_audio and sound.is_short())}
+    def decodes(self, video, audio):
+        """Whether anything does of the streams that are asked for, wherever it lies; or none of them is
+        there."""
+        self.rewind()
+        asked = [self.video] if video else []
+        asked += [self.audio] if audio else []
+        streams = [stream for stream in asked if stream is not None]
+        return not streams or any(True for _ in self.frames(streams))
+
+    def join(self, passes, shown, heard, num_frames, size):
+        """What `read` returns, of its passes."""
+        films = [pictures for pictures, _ in passes]
+        sounds = [sound for _, sound in passes]
+        videos = {}                                             # window: (pictures, is something in it)
+        waves = {}
+        for pictures, sound in passes:
+            videos.update(zip(pictures.windows, zip(pictures.arrays(self.shape), pictures.seen())))
+            waves.update(zip(sound.windows, zip(sound.arrays(), sound.heard())))
+        if self.lonely:
+            blank = np.zeros((num_frames, size, size, 3), np.uint8)
+            videos = dict.fromkeys(shown, (blank, False))
+        seen = [videos[window][1] for window in shown]
+        audible = [waves[window][1] for window in heard]
+        return {
+            "video": [videos[window][0] for window in shown],
+            "audio": [waves[window][0] for window in heard],
+            "seen": seen,
+            "heard": audible,
+            "has_video": self.video is not None and all(seen),
+            "has_audio": self.audio is not None and all(audible),
+            "short": any(part.is_short() for part in (sounds if self.lonely else films + sounds))}
 
     def on_clock(self, windows):
         """Windows on the clip's own clock."""
         return [(start * self.stretch, seconds * self.stretch) for start, seconds in windows]
 
-    def seek(self, windows):
-        """Go to the last key frame before the first window, unless that is near the start. Returns whether it
-        did."""
-        first = min(start for start, _ in windows)
-        if first <= SEEK_FROM:
+    def read_stretch(self, first, wanted, sounds, num_frames, size, sample_rate):
+        """One pass, from `first` on: (Pictures, Sound) of the windows `wanted` and `sounds`. A seek that came
+        too late, or to nothing, is done again without one."""
+        jumps = first > SEEK_FROM
+        for sought in (True, False):
+            if sought and not (jumps and self.seek(first)):
+                continue
+            if not sought:
+                self.rewind()
+            pictures = Pictures(self.video, wanted, num_frames, size)
+            sound = Sound(self.audio, sounds, sample_rate)
+            streams = [part.stream for part in (pictures, sound) if part.open]
+            for stream, frame in self.frames(streams, first if jumps else -math.inf, sought):
+                part = pictures if stream.type == "video" else sound
+                if part.open:
+                    part.add(frame, frame.time - self.origin)
+                if not (pictures.open or sound.open):
+                    break
+            pictures.finish()
+            sound.finish()
+            if not (pictures.is_late(first) or sound.is_late(first)):
+                break
+        self.shape = self.shape or pictures.shape
+        return pictures, sound
+
+    def seek(self, first):
+        """Go to the last key frame before `first`. Returns whether that can be trusted."""
+        if self.container.format.name not in INDEXED:
             return False
-        if self.container.format.name in ("mpegts", "mpeg"):    # they have no index of key frames
+        self.fresh = False
+        place = min(first, self.seconds or first) - PREROLL + self.origin
+        try:
+            self.container.seek(int(place * av.time_base), backward=True)
+        except av.error.FFmpegError:
             return False
-        place = min(first, self.seconds or first) - 0.5 + self.origin
-        self.container.seek(int(place * av.time_base), backward=True)
         return True
 
-    def decode(self, streams, pictures, sound):
-        """Hand the frames to their collectors until neither is open."""
-        for stream, frame in self.frames(streams):
-            time = frame.time - self.origin
-            if stream.type == "video":
-                pictures.add(frame, time)
-            elif sound.open:
-                sound.add(frame, time)
-            if not (pictures.open or sound.open):
-                break
+    def frames(self, streams, first=-math.inf, sought=False):
+        """(stream, frame) in the file's order, each frame with a time: all that is on screen or heard from
+        `first` on, and a little before. sought: this is not the beginning of the file."""
+        counted = self.container.format.name in COUNTED
+        heard_from = -math.inf if counted or sought else first
+        leads = {"video": Lead("video", first), "audio": Lead("audio", heard_from)}
+        clocks = {stream.type: None if sought else self.origin for stream in streams}
+        for packet in self.led(streams, leads):
+            kind = packet.stream.type
+            for frame in decoded(packet):
+                if frame.pts is None and clocks[kind] is None:
+                    continue
+                if frame.pts is None or counted:                # it follows on the one before
+                    frame.pts = round(clocks[kind] / frame.time_base)
+                clocks[kind] = frame.time + length_of(frame, packet.stream)
+                yield packet.stream, frame
 
-    def frames(self, streams):
-        """(stream, frame) of all frames that have a time, in the file's order."""
+    def led(self, streams, leads):
+        """The packets to decode: {kind: Lead} leaves those out that nobody needs."""
+        for packet in self.packets(streams):
+            yield from leads[packet.stream.type].add(packet, self.time_of(packet))
+        for lead in leads.values():                             # of a file that breaks off before `first`
+            yield from lead.rest()
+
+    def packets(self, streams):
+        """The packets of the streams, as far as they can be read. Raises ClipError after the deadline."""
         if not streams:
             return
-        for stream in streams:
-            stream.codec_context.thread_count = 1       # frame threads and an early stop hang beside torch
-        for packet in self.container.demux(streams):
-            try:
-                frames = packet.decode()
-            except av.error.FFmpegError:    # one broken packet, of half a dozen kinds: the rest may be fine
-                continue
-            for frame in frames:
-                if frame.pts is not None:
-                    yield packet.stream, frame
-
-
-class Pictures:
-    """Takes what the video windows show: for each of their moments the frame that is on screen then."""
-    def __init__(self, stream, windows, num_frames, size):
-        self.stream = stream
-        self.windows = windows
-        self.num_frames = num_frames
-        self.size = size
-        self.open = stream is not None and bool(windows)        # does it want more frames?
-        self.until = end_of(windows)
-        moments = []
-        for w, (start, seconds) in enumerate(windows):
-            for n in range(num_frames):
-                moments.append((start + (n + 0.5) * seconds / num_frames, (w, n)))
-        self.moments = deque(sorted(moments))               # (time, place) of those that have no picture yet
-        self.found = {}                                         # place: picture
-        self.frame = None                                       # the frame on screen ...
-        self.picture = None                                 # ... and its picture, once a moment asks for it
-        self.begin = math.inf                                   # when the first frame came ...
-        self.end = -math.inf                                    # ... and when the last one goes
-        self.reformatter = av.video.reformatter.VideoReformatter()
-
-    def add(self, frame, time):
-        """The next frame, shown from `time` on: what was on screen until now is given to the moments
-        before."""
-        while self.moments and self.moments[0][0] < time - 1e-6:
-            if self.frame is None:                              # a moment before the first frame
-                self.frame = frame
-            self.take()
-        self.frame = frame
-        self.picture = None
-        self.begin = min(self.begin, time)
-        self.end = time + float(1 / (self.stream.average_rate or 10))
-        self.open = bool(self.moments) or self.end < self.until - SLACK
-
-    def take(self):
-        """The next moment has the frame on screen."""
-        if self.picture is None:
-            self.picture = picture(self.frame, self.size, self.reformatter)
-        _, place = self.moments.popleft()
-        self.found[place] = self.picture
-
-    def finish(self):
-        """The last frame stays on screen."""
-        while self.moments and self.frame is not None:
-            self.take()
-
-    def is_short(self):
-        if not self.found:
-            return False
-        return self.begin > start_of(self.windows) + SLACK or self.end < self.until - SLACK
-
-    def arrays(self):
-        """(T, H, W, 3) of each window."""
-        blank = np.zeros((self.size, self.size, 3), np.uint8)
-        out = []
-        for w in range(len(self.windows)):
-            out.append(np.stack([self.found.get((w, n), blank) for n in range(self.num_frames)]))
-        return out
-
-
-class Sound:
-    """Takes the sound from the first frame that comes to the end of the last window, without a gap, and cuts
-    out the windows."""
-    def __init__(self, stream, windows, sample_rate):
-        self.stream = stream
-        self.windows = windows
-        self.sample_rate = sample_rate
-        self.open = stream is not None and bool(windows)        # does it want more frames?
-        self.until = end_of(windows)
-        self.parts = []                                         # (channels, samples) each, at self.rate
-        self.rate = None
-        self.begin = 0.0                                        # when the first part begins ...
-        self.end = 0.0                                          # ... and when the last one ends
-        self.wave = None                                        # all of it at sample_rate
-        self.to_float = av.AudioResampler(format="fltp")
-
-    def add(self, frame, time):
-        if self.rate is None:
-            self.rate = frame.sample_rate
-            self.begin = time
-            self.end = time
-        if self.parts and time > self.until + LOOK_AHEAD:     # also a wrong timestamp, hours ahead
-            self.open = False
+        self.fresh = False
+        starts = {}
+        deadline = time.monotonic() + self.budget
+        packets = self.container.demux(streams)
+        try:
+            while True:
+                packet = next(packets)
+                if time.monotonic() > deadline:
+                    raise too_slow(self.path)
+                if self.container.format.name == "avi" and packet.pts is not None:
+                    # it has no times: FFmpeg begins as late as B-frames could make it
+                    packet.pts -= starts.setdefault(packet.stream.type, packet.pts)
+                yield packet
+        except StopIteration:
             return
-        if time - self.end > 0.05:                              # a hole in the stream stays a hole
-            channels = self.parts[-1].shape[0]
-            self.parts.append(np.zeros((channels, int((time - self.end) * self.rate)), np.float32))
-            self.end = time
-        for part in [frame] if frame.format.name == "fltp" else self.to_float.resample(frame):
-            self.parts.append(part.to_ndarray())                # (channels, samples)
-            self.end += part.samples / self.rate
-        self.open = self.end < self.until + LOOK_AHEAD
+        except av.error.ExitError:                              # FFmpeg itself took so long
+            raise too_slow(self.path) from None
+        except av.error.FFmpegError:                        # a broken file: the part before it may be fine
+            return
+        finally:
+            self.budget = deadline - time.monotonic()
 
-    def finish(self):
-        """The mean of the channels, since FFmpeg's own down-mix would be 3 dB louder, at sample_rate."""
-        if self.parts:
-            wave = torch.from_numpy(np.concatenate(self.parts, 1).mean(0))
-            self.wave = torchaudio.functional.resample(wave, self.rate, self.sample_rate).numpy()
-
-    def is_short(self):
-        if not self.windows:
-            return False
-        if not self.parts:
-            return True
-        end = self.begin + len(self.wave) / self.sample_rate
-        return self.begin > start_of(self.windows) + SLACK or end < self.until - SLACK
-
-    def arrays(self):
-        """(samples,) of each window."""
-        out = []
-        for start, seconds in self.windows:
-            window = np.zeros(round(seconds * self.sample_rate), np.float32)
-            if self.parts:
-                place = round((start - self.begin) * self.sample_rate)          # of the window in the wave
-                part = self.wave[max(place, 0):max(place + len(window), 0)]
-                skipped = max(-place, 0)
-                window[skipped:skipped + len(part)] = part
-            out.append(window)
-        return out
+    def time_of(self, packet):
+        """A packet's time in seconds on the clip's own clock, None if it has none."""
+        pts = packet.dts if packet.pts is None else packet.pts
+        return None if pts is None else float(pts * packet.time_base) - self.origin
 
 
-def start_of(windows):
-    return min(start for start, _ in windows)
+class Lead:
+    """Which packets before `first` are to be decoded: of pictures those from the last key frame on, of sound
+    those of the last half second."""
+    def __init__(self, kind, first):
+        self.kind = kind
+        self.first = first
+        self.held = deque()                                     # (time, packet)
+        self.reached = first == -math.inf
+
+    def add(self, packet, time):
+        """A list of the packets to decode now."""
+        if self.reached:
+            return [packet]
+        self.reached = time is None or time >= self.first       # the last packet is empty and has no time
+        if self.kind == "video" and packet.is_keyframe and not self.reached:
+            self.held.clear()
+        if self.kind == "audio" and not self.reached:
+            while len(self.held) > 1 and self.held[1][0] < time - PREROLL:
+                self.held.popleft()
+        self.held.append((time, packet))
+        return self.rest() if self.reached or len(self.held) > HELD else []
+
+    def rest(self):
+        """A list of the packets that were held back."""
+        held = [packet for _, packet in self.held]
+        self.held.clear()
+        return held
 
 
-def end_of(windows):
-    return max((start + seconds for start, seconds in windows), default=0.0)
+def decoded(packet):
+    """The frames of a packet."""
+    try:
+        return packet.decode()
+    except av.error.FFmpegError:            # one broken packet, of half a dozen kinds: the rest may be fine
+        return []
+
+
+def length_of(frame, stream):
+    """Seconds that a frame lasts."""
+    if stream.type == "audio":
+        return frame.samples / frame.sample_rate
+    if frame.duration:
+        return float(frame.duration * frame.time_base)
+    return float(1 / (stream.average_rate or 10))
+
+
+def last_of(ends):
+    """The largest of many times, apart from those that a flipped bit has thrown hours ahead."""
+    return float(ends[ends <= np.quantile(ends, 0.99) + 60].max())
+
+
+def stretches(windows):
+    """Windows (start, seconds) -> [(first start, last start)] of those that are read in one pass."""
+    found = []
+    until = -math.inf                                           # the end of the windows so far
+    for start, seconds in sorted(windows):
+        if found and start < until + APART:
+            found[-1] = (found[-1][0], start)
+        else:
+            found.append((start, start))
+        until = max(until, start + seconds)
+    return found
 
 
 def find_streams(container):
-    """(video, audio) of an open container, None for what it lacks."""
-    video = None
-    audio = None
+    """(video, audio) of an open container, None for what it lacks: of several the one that is marked as the
+    default."""
+    best = {"video": None, "audio": None}
+    rank = {"video": (), "audio": ()}
     for stream in container.streams:
-        if stream.type not in ("video", "audio") or stream.codec_context is None:
+        if stream.type not in best or stream.codec_context is None:
             continue                                # of a truncated file: to touch what lacks a codec crashes
-        if stream.type == "audio" and audio is None:
-            audio = stream
-        cover = stream.disposition & av.stream.Disposition.attached_pic
-        if stream.type == "video" and video is None and not cover:      # the cover of an album is no video
-            video = stream
-    return video, audio
+        if stream.disposition & av.stream.Disposition.attached_pic:     # the cover of an album is no video
+            continue
+        default = bool(stream.disposition & av.stream.Disposition.default)
+        own = (stream.frames != 1, default)                     # nor is a track of one picture
+        if best[stream.type] is None or own > rank[stream.type]:
+            best[stream.type] = stream
+            rank[stream.type] = own
+    return best["video"], best["audio"]
+
+
+def says_its_length(path):
+    """Whether an mp3 begins with a Xing header, a frame that counts the others, and the count of bytes in it
+    is the file's; without one FFmpeg guesses by the first frame's bit rate."""
+    begin = 0
+    with open(path, "rb") as file:
+        head = file.read(10)
+        if head[:3] == b"ID3":                                  # the tag's length, 7 bits a byte
+            for byte in head[6:10]:
+                begin = begin << 7 | byte & 127
+            begin += 10
+        file.seek(begin)
+        first = file.read(4096)
+    place = max(first.find(b"Xing"), first.find(b"Info"))
+    if place < 0 or len(first) < place + 16 or not first[place + 7] & 2:        # flag 2: it counts the bytes
+        return False
+    skipped = 12 if first[place + 7] & 1 else 8                 # flag 1: the frames come before
+    count = int.from_bytes(first[place + skipped:place + skipped + 4], "big")
+    return abs(os.path.getsize(path) - begin - count) < 0.02 * count + 4096
 
 
 def time_stretch(video, frame_rate):
@@ -300,31 +431,6 @@ def time_stretch(video, frame_rate):
         return 1.0
     rate = float(video.average_rate or 0)
     return frame_rate / rate if 1 <= rate <= 240 else 1.0
-
-
-def picture(frame, size, reformatter):
-    """A decoded frame as (H, W, 3) uint8: short side `size`, turned upright."""
-    scale = size / min(frame.width, frame.height)
-    width = max(size, round(frame.width * scale))
-    height = max(size, round(frame.height * scale))
-    pixels = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:                              # a phone held upright, or its front camera's mirror
-        pixels = turn_upright(pixels, np.frombuffer(matrix, np.int32))
-    return np.ascontiguousarray(pixels)
-
-
-def turn_upright(pixels, matrix):
-    """A point (x, y) of the pixels is shown at (a x + c y, b x + d y)."""
-    a, b, _, c, d = matrix[:5]
-    turned = abs(b) > abs(a)                                    # by a quarter: x becomes y
-    if turned:
-        pixels = pixels.transpose(1, 0, 2)
-    if (b if turned else d) < 0:
-        pixels = pixels[::-1]
-    if (c if turned else a) < 0:
-        pixels = pixels[:, ::-1]
-    return pixels
 
 
 def read_clip(path, start=0.0, seconds=10.0, num_frames=16, size=224, sample_rate=16000):

@@ -57,8 +57,10 @@ class Clips(Dataset):
     index):
 
     video (Vv, 3, T, H, W) uint8 and audio (Va, 1, F, T) float32 of the views that have them, present (V, 2)
-    bool, index, has_video, has_audio, short, bad. A clip that does not decode is named in `bad` and, with
-    `replace`, another one is drawn for it; without, the item holds nothing but `bad`.
+    bool, decoded (V, 2) bool: was there something in the file to fill them with, index, has_video, has_audio
+    (in all views that have them), short, bad, empty. A clip that does not decode is named in `bad`, and with
+    `replace` another one is drawn for it; without, the item holds no more. With `replace` another one is
+    drawn, too, for a clip with a view in which nothing decoded; `empty` counts these.
 
     plan(rng, duration) -> list of View is the method's policy (at module level: it must pickle).
     """
@@ -78,33 +80,43 @@ class Clips(Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         bad = []
+        empty = 0
         with one_thread():                      # also for the same bits with and without workers
             for _ in range(TRIES):
                 try:
-                    return {**self.item(index, rng), "bad": bad}
+                    item = self.item(index, rng)
+                    filled = item["decoded"].any(-1)                                        # (V,)
+                    if filled.all() or not self.replace:
+                        return {**item, "bad": bad, "empty": empty}
+                    empty += 1
                 except ClipError as e:
                     bad.append(str(e))
                 if not self.replace:
                     break
                 index = int(rng.integers(len(self)))
-        return {"bad": bad}                 # TRIES clips in a row: Troubles says so in the training process
+        return {"bad": bad, "empty": empty}             # TRIES clips in a row: Troubles says so in training
 
     def item(self, index, rng):
         """The views of one clip, of which each window is decoded once: the crops of a place share its frames
         and its sound."""
-        inputs = self.inputs
-        with open_clip(self.listing.path(index), inputs.frame_rate) as clip:
-            views = self.plan(rng, clip.duration)
-            video_windows = unique(view.video_window for view in views if view.video)
-            audio_windows = unique(view.sound_window for view in views if view.audio)
-            read = clip.read(video_windows, audio_windows, inputs.frames, inputs.resize, inputs.sample_rate)
+        before = rng.bit_generator.state
+        views = []
 
+        def windows(duration):
+            rng.bit_generator.state = before            # planned again, it is another plan by the same draws
+            views[:] = self.plan(rng, duration)
+            video_windows = unique(view.video_window for view in views if view.video)
+            return video_windows, unique(view.sound_window for view in views if view.audio)
+
+        video_windows, audio_windows, read = read_windows(self.listing.path(index), self.inputs, windows)
         frames = {}
         for window, array in zip(video_windows, read["video"]):
             frames[window] = torch.from_numpy(array).permute(0, 3, 1, 2)                    # (T, 3, H, W)
         mels = {}
         for window, wave in zip(audio_windows, read["audio"]):
             mels[window] = self.mel(torch.from_numpy(wave))                                 # (1, F, T)
+        seen = dict(zip(video_windows, read["seen"]))
+        heard = dict(zip(audio_windows, read["heard"]))
         video = []
         with torch.random.fork_rng(devices=[]):     # torchvision draws its crops from torch's global stream
             torch.manual_seed(int(rng.integers(2 ** 62)))
@@ -113,12 +125,29 @@ class Clips(Dataset):
                     cut = self.crops[view.video](frames[view.video_window])         # (T, 3, size, size)
                     video.append(cut.transpose(0, 1))                               # (3, T, size, size)
         present = [[bool(view.video), bool(view.audio)] for view in views]
+        decoded = []
+        for view in views:
+            decoded.append([seen.get(view.video_window, False), heard.get(view.sound_window, False)])
+        present = torch.tensor(present)                                                     # (V, 2)
         return {
             "index": index,
-            "present": torch.tensor(present),                                               # (V, 2)
+            "present": present,
+            "decoded": present & torch.tensor(decoded),                                     # (V, 2)
             "video": video,
             "audio": [mels[view.sound_window] for view in views if view.audio],
             **{flag: read[flag] for flag in FLAGS}}
+
+
+def read_windows(path, inputs, plan):
+    """(video windows, audio windows, Clip.read of them). plan(duration) -> windows, (start, seconds) each.
+    Where nothing decodes in one, the file's length was wrong, or a stream ends before the other: they are
+    planned again, as far as all the streams reach."""
+    with open_clip(path, inputs.frame_rate) as clip:
+        while True:
+            video, audio = plan(clip.duration)
+            read = clip.read(video, audio, inputs.frames, inputs.resize, inputs.sample_rate)
+            if all(read["seen"] + read["heard"]) or not clip.shorten(bool(video), bool(audio)):
+                return video, audio, read
 
 
 def unique(values):
@@ -127,26 +156,24 @@ def unique(values):
 
 
 def collate(items):
-    """A list of items -> a batch: video (sum of Vv, 3, T, H, W), audio (sum of Va, 1, F, T), present (B, V,
-    2), index, has_video, has_audio, short (each (B,)), bad (messages) and lost (how many items hold no
-    clip)."""
+    """A list of items -> a batch: video (sum of Vv, 3, T, H, W), audio (sum of Va, 1, F, T), present and
+    decoded (B, V, 2), index, has_video, has_audio, short (each (B,)), bad (messages), empty (clips that were
+    drawn again) and lost (how many items hold no clip)."""
     bad = []
     for item in items:
         bad += item["bad"]
     whole = [item for item in items if "index" in item]
-    lost = len(items) - len(whole)
+    batch = {"bad": bad, "empty": sum(item["empty"] for item in items), "lost": len(items) - len(whole)}
     if not whole:
-        return {"index": torch.zeros(0, dtype=torch.long), "bad": bad, "lost": lost}
-    batch = {}
+        return {**batch, "index": torch.zeros(0, dtype=torch.long)}
     for key in ("video", "audio"):
         views = []
         for item in whole:
             views += item[key]
         if views:
             batch[key] = torch.stack(views)
-    batch["present"] = torch.stack([item["present"] for item in whole])
-    batch["bad"] = bad
-    batch["lost"] = lost
+    for key in ("present", "decoded"):
+        batch[key] = torch.stack([item[key] for item in whole])
     for key in ("index", *FLAGS):
         batch[key] = torch.tensor([item[key] for item in whole])
     return batch
@@ -182,13 +209,11 @@ def load_clip(path, inputs, start=None):
 def load_views(path, inputs, plan):
     """load_clip for several views: video (V, 3, T, H, W), audio (V, 1, F, T) of the windows that the method
     asks for: plan(duration) -> (video windows, audio windows), each a list of (start, seconds)."""
-    with open_clip(path, inputs.frame_rate) as clip:
-        video_windows, audio_windows = plan(clip.duration)
-        if not inputs.frames:
-            video_windows = []
-        if not inputs.n_mels:
-            audio_windows = []
-        read = clip.read(video_windows, audio_windows, inputs.frames, inputs.resize, inputs.sample_rate)
+    def taken(duration):
+        video, audio = plan(duration)
+        return video if inputs.frames else [], audio if inputs.n_mels else []
+
+    _, _, read = read_windows(path, inputs, taken)
     out = {}
     if read["has_video"] and inputs.frames:
         frames = torch.from_numpy(np.stack(read["video"])).permute(0, 1, 4, 2, 3)           # (V, T, 3, H, W)

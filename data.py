@@ -27,7 +27,8 @@ from datasets.inputs import IMAGENET_MEAN, IMAGENET_STD, Inputs, LogMel  # noqa:
 from datasets.inputs import crop_transform, normalize_video  # noqa: F401
 from datasets.kinetics import list_kinetics
 from datasets.listing import MEDIA, Listing, describe, join, make_listing, read_columns  # noqa: F401
-from datasets.reader import ClipError, find_streams, open_clip, picture, read_clip, time_stretch  # noqa: F401
+from datasets.collectors import picture, pixel_aspect  # noqa: F401
+from datasets.reader import ClipError, find_streams, open_clip, read_clip, time_stretch  # noqa: F401
 from datasets.sounds import list_esc50, list_fsd50k, list_speechcommands
 from datasets.ssv2 import list_ssv2
 from datasets.toy import TOY, TOY_CLASSES, list_toy, make_toy, toy_clip, toy_folder, write_clip  # noqa: F401
@@ -92,16 +93,34 @@ def list_clips(name, folder=None, split="train"):
     folder = Path(folder or entry.folder())
     if entry.make:
         entry.make(folder)
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {folder}: there is no such folder")
+    check_folder(folder)
     if split == "all" and not entry.all_splits:
         return join(list_clips(name, folder, "train"), list_clips(name, folder, "test"))
     listing = replace(entry.list(folder, split), name=name, seconds=entry.seconds)
+    notes = f" ({'; '.join(listing.notes)})" if listing.notes else ""
     if len(listing) == 0 and listing.missing:
-        raise UserError(f"--data {name}: none of the {listing.missing:,} listed clips lies under {folder}")
+        raise UserError(
+            f"--data {name}: none of the {listing.missing:,} listed clips lies under {folder}{notes}")
     if len(listing) == 0:
-        raise UserError(f"--data {name}: no clip in {folder} for the {split} split")
+        raise UserError(f"--data {name}: no clip in {folder} for the {split} split{notes}")
     return listing
+
+
+def check_folder(folder):
+    """UserError where there is no folder that can be read."""
+    try:
+        os.scandir(folder).close()
+    except FileNotFoundError:
+        reason = "there is no such folder"
+        if folder.is_symlink():
+            reason = f"is a link to {os.readlink(folder)}, which is not there"
+    except NotADirectoryError:
+        reason = "is a file; give the folder that holds the clips"
+    except (OSError, ValueError) as e:
+        reason = f"cannot be read ({getattr(e, 'strerror', None) or e})"
+    else:
+        return
+    raise UserError(f"--data-dir {folder}: {reason}")
 
 
 def main(argv=None):
@@ -110,7 +129,7 @@ def main(argv=None):
     add("--data", default="toy", help=", ".join(SETS))
     add("--data-dir", help="folder with the clips and the csv files (toy: where to write them)")
     add("--split", choices=("train", "test"), default="train")
-    add("--check", action="store_true", help="decode a moment of each clip: what is missing, unreadable")
+    add("--check", action="store_true", help="decode a part of each clip: what is missing, unreadable, long")
     add("--stats", action="store_true", help="mean and std of the mel in dB, for --mel-mean and --mel-std")
     add("--clips", type=int, default=2000, help="clips that --stats reads at most")
     add("--seconds", type=float, default=Inputs.seconds, help="length of the windows of --stats")

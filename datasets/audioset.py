@@ -2,13 +2,18 @@
 from common import UserError
 from datasets.listing import by_id, list_found, read_rows, scan
 
+LABELS = "class_labels_indices.csv"
+
 
 def list_audioset(folder, split, parts):
     """parts: of the training clips, "unbalanced_train" (AS-2M) and "balanced_train" (AS-20K)."""
     try:
         classes = {}                                            # mid: (index, name)
-        for row in read_rows(folder / "class_labels_indices.csv")[1:]:
+        for row in read_rows(folder / LABELS)[1:]:
             classes[row[1]] = (int(row[0]), row[2])
+        if sorted(number for number, _ in classes.values()) != list(range(len(classes))):
+            raise UserError(f"{folder / LABELS}: does not give each class an index of its own, from 0 on; "
+                            "take the data set's own csv")
         rows = []                                               # (YouTube id, class indices)
         for part in parts if split == "train" else ["eval"]:
             for row in read_rows(folder / f"{part}_segments.csv"):
@@ -19,7 +24,9 @@ def list_audioset(folder, split, parts):
                         '(id, start, end, "mid,mid")') from None
     except KeyError as e:
         raise UserError(f"{folder}: unknown class {e} in the segments csv; "
-                        "class_labels_indices.csv does not list it") from None
-    files = by_id(scan(folder))
-    found = [(files.get(clip), labels) for clip, labels in rows]
-    return list_found(folder, found, [name for _, name in classes.values()], multilabel=True)
+                        f"{LABELS} does not list it") from None
+    files = scan(folder)
+    index = by_id(files)
+    found = [(index.get(clip), labels) for clip, labels in rows]
+    names = [name for _, name in sorted(classes.values())]
+    return list_found(folder, found, names, multilabel=True, notes=files.trouble())

@@ -3,18 +3,23 @@ import functools
 from dataclasses import replace
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import UserError
-from datasets.batches import LOOK, Troubles, eval_loader, start_worker
-from datasets.listing import describe
+from datasets.batches import LOOK, Loader, Troubles, eval_loader
+from datasets.listing import describe, printable
 from datasets.reader import ClipError, open_clip
 from datasets.views import even_views
 
 
-class Middles(Dataset):
-    """Opens clip i and decodes its middle: (has_video, has_audio, duration, message)."""
+LONG = 120.0            # seconds: a longer clip is named, and listened to until here
+NOTHING = "nothing in it decodes"                       # what the reader says of a stream without a frame
+
+
+class Look(Dataset):
+    """Opens clip i and decodes a moment of its pictures, at its middle, and all the sound of its first two
+    minutes: (has_video, has_audio, duration, what is said of it)."""
     def __init__(self, listing):
         self.listing = listing
 
@@ -22,31 +27,66 @@ class Middles(Dataset):
         return len(self.listing)
 
     def __getitem__(self, i):
+        path = self.listing.path(i)
         try:
-            with open_clip(self.listing.path(i)) as clip:
-                window = [(clip.duration / 2, 0.1)]
-                read = clip.read(window, window, num_frames=1, size=16, sample_rate=16000)
+            with open_clip(path) as clip:
+                return look(clip, path)
         except ClipError as e:
-            return False, False, 0.0, str(e)
-        return read["has_video"], read["has_audio"], clip.duration, ""
+            return False, False, 0.0, [f"unreadable: {e}"]
+
+
+def look(clip, path):
+    middle = clip.duration / 2
+    halves = [(0.0, min(middle, LONG) or LONG)]
+    if 0 < middle < LONG:
+        halves.append((middle, min(clip.duration, LONG) - middle))
+    seconds = clip.duration
+    pictures = read_part(clip, [(middle, 0.1)], []) if clip.video is not None else None
+    sound = read_part(clip, [], halves) if clip.audio is not None else None
+    if pictures is None and sound is None:
+        raise ClipError(f"{path}: {NOTHING} (no video frame, no sound)")
+    has_video = pictures is not None and clip.video is not None         # the reader drops a single picture
+    has_audio = sound is not None and any(sound["heard"])
+    said = []
+    if has_video and not pictures["seen"][0]:
+        said.append(f"short: {path}: its pictures end before the middle of its {seconds:,.1f} seconds")
+    if has_audio and not sound["heard"][-1]:
+        said.append(f"short: {path}: its sound ends before the middle of its {seconds:,.1f} seconds")
+    if seconds > LONG:
+        said.append(f"long: {path}: {seconds:,.0f} seconds")
+    return has_video, has_audio, seconds, said
+
+
+def read_part(clip, video_windows, audio_windows):
+    """What Clip.read says of windows of one stream; None where nothing of that decodes."""
+    try:
+        return clip.read(video_windows, audio_windows, num_frames=1, size=16, sample_rate=16000)
+    except ClipError as e:
+        if NOTHING in str(e):
+            return None
+        raise
 
 
 def check(listing, workers):
-    """Decode a moment of each clip and print what is there: a dict of counts. Names each unreadable clip."""
+    """Decode a part of each clip and print what is there: a dict of counts. Names each clip that is
+    unreadable, short (a stream ends before the middle) or long (over two minutes)."""
     counts = {"clips": len(listing), "missing": listing.missing}
-    counts |= {"unreadable": 0, "no video": 0, "no audio": 0, "seconds": 0.0}
-    rows = DataLoader(Middles(listing), batch_size=None, num_workers=workers, worker_init_fn=start_worker)
-    for has_video, has_audio, duration, message in tqdm(rows, desc="check", unit="clip"):
-        counts["seconds"] += duration
-        if message:
-            counts["unreadable"] += 1
-            tqdm.write(f"unreadable: {message}")
-        else:
+    counts |= {"unreadable": 0, "no video": 0, "no audio": 0, "seconds": 0.0, "short": 0, "long": 0}
+    print(describe(listing), flush=True)
+    rows = Loader(Look(listing), workers, batch_size=None)
+    for has_video, has_audio, seconds, said in tqdm(rows, desc="check", unit="clip"):
+        kinds = {message.split(":")[0] for message in said}
+        for kind in kinds:
+            counts[kind] += 1
+        for message in said:
+            tqdm.write(printable(message))
+        counts["seconds"] += seconds
+        if "unreadable" not in kinds:
             counts["no video"] += not has_video
             counts["no audio"] += not has_audio
-    print(describe(listing))
     print(f"unreadable {counts['unreadable']:,}, without picture {counts['no video']:,}, "
-          f"without sound {counts['no audio']:,}, {counts['seconds'] / 3600:.2f} hours")
+          f"without sound {counts['no audio']:,}, {counts['seconds'] / 3600:.2f} hours, "
+          f"short {counts['short']:,}, long {counts['long']:,}")
     return counts
 
 

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 from common import UserError
-from datasets.listing import find_by_name_or_id, is_media, list_found, number_of
-from datasets.listing import read_columns, read_lines, scan
+from datasets.listing import Files, few, find_by_name_or_id, is_media, list_found, number_of
+from datasets.listing import plural, read_columns, read_lines, scan, whole
 
 # Of a split's list or folder; the first that is there counts.
 NAMES = {"train": ["train"], "test": ["val", "validate", "validation"]}
@@ -32,9 +32,9 @@ def list_kinetics(folder, split):
     classes, number = number_labels(folder, labels, lists[split])
     official, rows = read[split]
     find = find_clips if official else find_paths
-    files = find(folder, [clip for clip, _ in rows])
+    files, notes = find(folder, [clip for clip, _ in rows])
     found = [(file, [number[label]]) for file, (_, label) in zip(files, rows)]
-    return list_found(folder, found, classes)
+    return list_found(folder, found, classes, notes=notes)
 
 
 def find_lists(folder):
@@ -42,7 +42,7 @@ def find_lists(folder):
     lists = {}
     for split, names in NAMES.items():
         for path in candidates(folder, names, (".csv", ".txt")):
-            if path.is_file():
+            if os.path.exists(path):
                 lists.setdefault(split, path)
     return lists
 
@@ -79,25 +79,27 @@ def read_official(path):
         raise UserError(f"{path}: the csv holds nothing but its header; take the data set's own csv")
     out = []
     try:
-        for label, clip, start, end in rows:
-            out.append((f"{clip}_{round(float(start)):06d}_{round(float(end)):06d}", label))
-    except (ValueError, OverflowError):
+        for label, clip, *times in rows:
+            start, end = (float(time) for time in times)
+            if not (0 <= start < 10 ** 6 and 0 <= end < 10 ** 6):
+                raise ValueError
+            out.append((f"{clip}_{round(start):06d}_{round(end):06d}", label))
+    except ValueError:
         raise UserError(f"{path}: a time is not a number of seconds; take the data set's own csv") from None
     return out
 
 
 def number_labels(folder, labels, path):
     """(classes, {label: its index}). Whole numbers are from 0 the lines of classes.txt, if it is there."""
-    whole = [label for label in labels if label.isdecimal()]
-    if not whole:
+    numbers = {label: whole(label) for label in labels}
+    if set(numbers.values()) == {None}:
         classes = sorted(labels)
         return classes, number_of(classes)
-    if len(whole) < len(labels):
+    if None in numbers.values():
         raise UserError(f"{path}: some labels are whole numbers and others are not; "
                         "give all of both lists in the same form")
-    numbers = {label: int(label) for label in labels}
     for names in candidates(folder, ["classes"], [".txt"]):
-        if names.is_file():
+        if os.path.exists(names):
             return read_classes(names, max(numbers.values())), numbers
     classes = sorted(set(numbers.values()))
     place = number_of(classes)
@@ -113,49 +115,54 @@ def read_classes(path, highest):
 
 
 def find_clips(folder, names):
+    """(the file of each name, or None; notes)"""
     files = scan(folder)
     # Of one name the last counts: the folder "replacement" holds whole copies of broken clips.
     files.sort(key=lambda file: "replacement" in Path(file).parts)
-    return find_by_name_or_id(files, names)
+    return find_by_name_or_id(files, names), files.trouble()
 
 
 def find_paths(folder, paths):
+    """(each of the paths, or None where there is no such file; notes)"""
     paths = [os.path.normpath(path) for path in paths]
     relative = [path for path in paths if not os.path.isabs(path)]
-    files = set(scan(folder)) if relative else set()
+    files = scan(folder) if relative else Files()
+    there = set(files)
     found = []
     for path in paths:
-        there = os.path.isfile(path) if os.path.isabs(path) else path in files
-        found.append(path if there else None)
-    return found
+        is_there = os.path.isfile(path) if os.path.isabs(path) else path in there
+        found.append(path if is_there else None)
+    return found, files.trouble()
 
 
 def list_class_folders(folder, split):
     """Without lists: <split>/<class>/<file>, where the test's folder is the first of its names that is
-    there."""
-    test = None
-    for name in (*NAMES["test"], "test"):
-        if test is None and (folder / name).is_dir():
-            test = name
-    part = "train" if split == "train" else test
+    there, in any case."""
+    tops = {}
+    for name in sorted(os.listdir(folder)):
+        tops.setdefault(name.lower(), name)
+    there = [tops[name] for name in (*NAMES["test"], "test") if name in tops]
+    parts = {"train": tops.get("train"), "test": there[0] if there else None}
+    files = scan(folder)
     classes = set()
     rows = []                                                   # (file, class) of the split
-    loose = 0
-    for file in scan(folder):
+    loose = []
+    for file in files:
         top, *below = Path(file).parts
-        if top not in ("train", test):
+        if top not in parts.values():
             continue
         if len(below) > 1:
             classes.add(below[0])
-        if top == part and len(below) > 1:
+        if top == parts[split] and len(below) > 1:
             rows.append((file, below[0]))
-        elif top == part:
-            loose += 1
+        elif top == parts[split]:
+            loose.append(file)
     if not classes:
         raise UserError(f"{folder}: has neither lists (train.csv and val.csv, here or in annotations/) "
                         "nor class folders below train/ and val/; put the one or the other there")
+    notes = files.trouble()
     if loose:
-        print(f"{folder / part}: {loose:,} files beside the class folders have no label and are left out")
+        notes += (f"left out: {plural(loose, 'clip')} without a class folder: {few(loose)}",)
     classes = sorted(classes)
     number = number_of(classes)
-    return list_found(folder, [(file, [number[c]]) for file, c in rows], classes)
+    return list_found(folder, [(file, [number[c]]) for file, c in rows], classes, notes=notes)

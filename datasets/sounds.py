@@ -1,6 +1,7 @@
 """Sets of sound alone: ESC-50, Speech Commands, FSD50K."""
 from common import UserError
-from datasets.listing import by_path, list_found, number_of, read_columns, read_rows, scan, without_ending
+from datasets.listing import by_path, list_found, number_of, read_columns, read_rows, scan, whole
+from datasets.listing import without_ending
 
 
 def list_esc50(folder, split):
@@ -9,9 +10,9 @@ def list_esc50(folder, split):
     rows = read_columns(path, "filename", "fold", "target", "category")
     categories = {}                                             # target: category
     for _, fold, target, category in rows:
-        if not (fold.isdecimal() and target.isdecimal() and int(fold) < 100):
+        if whole(target) is None or whole(fold) is None or whole(fold) >= 100:
             raise UserError(f"{path}: a fold or target is not a whole number; take the data set's own csv")
-        categories.setdefault(int(target), set()).add(category)
+        categories.setdefault(whole(target), set()).add(category)
     classes = []
     for target in sorted(categories):
         classes += categories[target]
@@ -19,14 +20,15 @@ def list_esc50(folder, split):
     if len(classes) > len(categories) or len(number) < len(classes):
         raise UserError(f"{path}: a target has two categories, or two targets the same one; "
                         "take the data set's own csv")
-    files = files_below(folder, "audio")
+    files, notes = files_below(folder, "audio")
     found = [(files.get(without_ending(name)), [number[category]]) for name, _, _, category in rows]
-    return list_found(folder, found, classes, fold=[int(fold) for _, fold, _, _ in rows])
+    return list_found(folder, found, classes, fold=[whole(fold) for _, fold, _, _ in rows], notes=notes)
 
 
 def files_below(folder, part):
-    """{path below folder/part, without its ending: the file's path below folder}"""
-    return {name: f"{part}/{file}" for name, file in by_path(scan(folder / part)).items()}
+    """({path below folder/part, without its ending: the file's path below folder}, notes)"""
+    files = scan(folder / part)
+    return {name: f"{part}/{file}" for name, file in by_path(files).items()}, files.trouble()
 
 
 def list_speechcommands(folder, split):
@@ -34,18 +36,19 @@ def list_speechcommands(folder, split):
     validation clips too."""
     validation = read_names(folder / "validation_list.txt")
     testing = read_names(folder / "testing_list.txt")
+    scanned = scan(folder)
     files = {}                                                  # word/name: file, without _background_noise_
-    for name, file in by_path(scan(folder)).items():
+    for name, file in by_path(scanned).items():
         if name.count("/") == 1 and not name.startswith("_"):
             files[name] = file
     words = sorted({name.split("/")[0] for name in files})
     number = number_of(words)
     names = [name for name in files if (name in testing) == (split == "test")]
     found = [(files[name], [number[name.split("/")[0]]]) for name in names]
-    if split == "test":
-        return list_found(folder, found, words, missing=len(testing - files.keys()))
-    held = [name in validation for name in names]
-    return list_found(folder, found, words, missing=len(validation - files.keys()), held=held)
+    listed = testing if split == "test" else validation
+    held = None if split == "test" else [name in validation for name in names]
+    return list_found(folder, found, words, missing=len(listed - files.keys()), held=held,
+                      notes=scanned.trouble())
 
 
 def read_names(path):
@@ -68,10 +71,11 @@ def list_fsd50k(folder, split):
     labels = [read_labels(path, row[1], number) for row in rows]
     if any(row[2:] not in ((), ("train",), ("val",)) for row in rows):
         raise UserError(f"{path}: a split is neither train nor val; take the data set's own csv")
-    files = files_below(folder, f"FSD50K.{part}_audio")
+    files, notes = files_below(folder, f"FSD50K.{part}_audio")
     found = [(files.get(row[0]), indices) for row, indices in zip(rows, labels)]
     held = [row[2] == "val" for row in rows] if part == "dev" else None
-    return list_found(folder, found, sorted(number, key=number.get), multilabel=True, held=held)
+    return list_found(folder, found, sorted(number, key=number.get), multilabel=True, held=held,
+                      notes=notes)
 
 
 def read_vocabulary(path):

@@ -1,5 +1,6 @@
 """Something-Something v2, whose clips have no sound."""
 import json
+import os
 
 from common import UserError
 from datasets.listing import by_name, list_found, scan
@@ -22,16 +23,17 @@ def list_ssv2(folder, split):
     for _, template in rows:
         if template not in number:
             raise UserError(f"{path}: unknown template {template!r}; {labels_json.name} does not list it")
-    files = by_name(scan(folder))
-    found = [(files.get(clip), [number[template]]) for clip, template in rows]
-    return list_found(folder, found, sorted(number, key=number.get))
+    files = scan(folder)
+    index = by_name(files)
+    found = [(index.get(clip), [number[template]]) for clip, template in rows]
+    return list_found(folder, found, sorted(number, key=number.get), notes=files.trouble())
 
 
 def read_numbers(path, labels):
     """{template: number}, from 0 on."""
     try:
         number = {template: int(n) for template, n in labels.items()}
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         number = {}
     if not number or sorted(number.values()) != list(range(len(number))):
         raise UserError(f"{path}: does not give each template a number of its own, from 0 on; "
@@ -44,7 +46,7 @@ def read_json(folder, part):
     paths = []
     for place in (folder, folder / "labels"):
         paths += [place / f"something-something-v2-{part}.json", place / f"{part}.json"]
-    path = next((p for p in paths if p.is_file()), None)
+    path = next((p for p in paths if os.path.exists(p)), None)
     if path is None:
         raise UserError(f"{paths[0]}: there is no such file; put the data set's list there, "
                         f"or as {part}.json into labels/")

@@ -13,11 +13,11 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import UserError, end_workers
-from datasets.batches import start_worker
+from datasets.batches import Loader
 from datasets.listing import list_found
 
 TOY = dict(train=1536, test=256, seconds=4.0, fps=10, side=64, sample_rate=16000, seed=0, version=1)
@@ -36,7 +36,12 @@ def toy_folder():
 
 
 def list_toy(folder, split):
-    labels = np.load(folder / split / "truth.npz")["label"]
+    path = folder / split / "truth.npz"
+    try:
+        labels = np.load(path)["label"]
+    except Exception as e:                                      # numpy raises half a dozen kinds
+        raise UserError(f"{path}: cannot be read ({type(e).__name__}); remove {folder}, and the toy clips "
+                        "are written anew") from None
     return list_found(folder, [(f"{split}/{i:05d}.mp4", [c]) for i, c in enumerate(labels)], TOY_CLASSES)
 
 
@@ -209,7 +214,8 @@ def write_clip(path, frames=None, wave=None, fps=12, sample_rate=16000, bit_rate
 
 
 class ToyWriter(Dataset):
-    """Writes clip i when it is asked for it: the data workers are the processes that make the set."""
+    """Writes clip i when it is asked for it: the data workers are the processes that make the set. The item
+    is its truth, or the reason why it could not be written."""
     def __init__(self, folder, split):
         self.folder = Path(folder)
         self.split = split
@@ -219,7 +225,11 @@ class ToyWriter(Dataset):
 
     def __getitem__(self, i):
         frames, wave, truth = toy_clip(TOY["seed"], self.split, i)
-        write_clip(self.folder / self.split / f"{i:05d}.mp4", frames, wave, TOY["fps"], TOY["sample_rate"])
+        path = self.folder / self.split / f"{i:05d}.mp4"
+        try:
+            write_clip(path, frames, wave, TOY["fps"], TOY["sample_rate"])
+        except (OSError, av.error.FFmpegError) as e:
+            return reason_of(e)
         return truth
 
 
@@ -227,42 +237,79 @@ def make_toy(folder):
     """Write the toy clips, once: <split>/<number>.mp4, and truth.npz beside them with label, octave (of pitch
     and of 1/size), period (s between bounces), silent (is there a silent object), place (N, T, 2), the
     sounding object's x and y in [0, 1] at the middle of each frame, and silent_place, the silent one's (NaN
-    without). The folder appears under its name only when it is whole. Raises UserError where something else
-    lies there."""
+    without). The folder appears under its name only when it is whole; of several processes that write it at
+    once the first one counts. Raises UserError where something else lies there, or nothing can be
+    written."""
     folder = Path(folder)
-    world = json.dumps(TOY, sort_keys=True)
+    part = None
+    try:
+        if is_made(folder):
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
+        for split in ("train", "test"):
+            write_split(part, split)
+        (part / "world.json").write_bytes(world())
+        part.chmod(0o755)                                       # mkdtemp's folder is its owner's alone
+        put_in_place(part, folder)
+    except OSError as e:
+        raise cannot_write(folder, reason_of(e)) from None
+    finally:
+        if part is not None and part.exists():                  # it was not put in place
+            try:
+                end_workers()                                   # they would go on writing
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+def is_made(folder):
+    """Whether the toy clips are there. UserError where something else is."""
     if (folder / "world.json").is_file():
-        if (folder / "world.json").read_text() != world:
+        if (folder / "world.json").read_bytes() != world():
             raise UserError(f"{folder} holds toy clips of another world; "
                             "remove it or give another --data-dir")
-        return
+        return True
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no toy clips; "
                         "give --data-dir an empty or a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
+    return False
+
+
+def world():
+    """What world.json holds."""
+    return json.dumps(TOY, sort_keys=True).encode()
+
+
+def put_in_place(part, folder):
+    """Give the whole folder its name, unless another process was first."""
     try:
-        for split in ("train", "test"):
-            write_split(part, split)
-        (part / "world.json").write_text(world)
-        part.chmod(0o755)                                       # mkdtemp's folder is its owner's alone
         if folder.exists():
-            folder.rmdir()
+            folder.rmdir()                                      # it is empty
         part.rename(folder)
-    except BaseException:
-        try:
-            end_workers()                                       # they would go on writing
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        raise
+    except OSError:
+        if not is_made(folder):
+            raise
+
+
+def reason_of(error):
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def cannot_write(folder, reason):
+    return UserError(f"{folder}: the toy clips cannot be written there ({reason}); make room, or give "
+                     "--data-dir another folder")
 
 
 def write_split(folder, split):
     (folder / split).mkdir()
     clips = ToyWriter(folder, split)
     workers = os.cpu_count() or 1
-    loader = DataLoader(clips, batch_size=None, num_workers=workers, worker_init_fn=start_worker)
-    truths = list(tqdm(loader, desc=f"writing toy clips ({split})", unit="clip"))
+    loader = Loader(clips, workers, batch_size=None)
+    truths = []
+    for truth in tqdm(loader, desc=f"writing toy clips ({split})", unit="clip"):
+        if isinstance(truth, str):
+            raise OSError(truth)
+        truths.append(truth)
     columns = {}
     for key in truths[0]:
         columns[key] = np.stack([np.asarray(truth[key]) for truth in truths])

@@ -1,10 +1,12 @@
 """VGGSound, by its official vggsound.csv, or by train.csv and test.csv of some mirrors."""
+import os
+
 from common import UserError
-from datasets.listing import find_by_name_or_id, list_found, number_of, read_rows, scan, without_ending
+from datasets.listing import find_by_name_or_id, list_found, number_of, read_rows, scan, whole, without_ending
 
 
 def list_vggsound(folder, split):
-    if (folder / "vggsound.csv").is_file():
+    if os.path.exists(folder / "vggsound.csv"):
         parts = read_official(folder / "vggsound.csv")
     else:
         parts = read_two_lists(folder)
@@ -14,9 +16,10 @@ def list_vggsound(folder, split):
     classes = sorted(labels)
     number = number_of(classes)
     rows = parts.get(split, [])
-    files = find_by_name_or_id(scan(folder), [name for name, _ in rows])
-    found = [(file, [number[label]]) for file, (_, label) in zip(files, rows)]
-    return list_found(folder, found, classes)
+    files = scan(folder)
+    chosen = find_by_name_or_id(files, [name for name, _ in rows])
+    found = [(file, [number[label]]) for file, (_, label) in zip(chosen, rows)]
+    return list_found(folder, found, classes, notes=files.trouble())
 
 
 def read_official(path):
@@ -26,11 +29,11 @@ def read_official(path):
         rows = rows[1:]
     parts = {}
     for row in rows:
-        if len(row) != 4 or not row[1].strip().isdigit():
+        if len(row) != 4 or whole(row[1]) is None:
             raise UserError(f"{path}: a row does not have the four fields "
                             "id, start (whole seconds), label, split")
         clip, start, label, split = row
-        parts.setdefault(split.strip(), []).append((f"{clip}_{int(start):06d}", label))
+        parts.setdefault(split.strip(), []).append((f"{clip}_{whole(start):06d}", label))
     return parts
 
 

@@ -1,6 +1,9 @@
 """The data sets: a table of layouts and the rows that they must give, and one of broken lists."""
 import itertools
 import json
+import os
+import resource
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +14,10 @@ import torch
 import data
 import datasets.kinetics
 from common import UserError
+from conftest import fails, numbered, tone, write
+from datasets import check as checks
 from datasets import listing as listings
+from datasets import toy as toys
 
 IDS = ("-0RWZT-miFs", "YxYxYxYxYxY", "a_b_c_d_e_f", "__________Z", "YYYYYYYYYY_")      # YouTube ids
 HERE = "{folder}"                           # in a list: the folder that it lies in
@@ -207,6 +213,7 @@ LAYOUTS = {
     "AudioSet, both": audioset("audioset-full", UNBALANCED | BALANCED, 1),
     "VGGSound, official": vggsound(vggsound=VGGSOUND_CSV),
     "VGGSound with a header": vggsound(vggsound="youtube_id,start,label,split\n" + VGGSOUND_CSV),
+    "VGGSound, by a spreadsheet": vggsound(vggsound="\ufeff" + VGGSOUND_CSV.replace("\n", "\r\n")),
     "VGGSound, two lists": vggsound(train=TRAIN_CSV, test=f"{IDS[1]}_000120.mp4,dog barking\n"),
     "Kinetics": kinetics_official("train.csv", "val.csv", OFFICIAL),
     "Kinetics, other columns": kinetics_official("annotations/train.csv", "annotations/validate.csv", MIXED),
@@ -217,7 +224,7 @@ LAYOUTS = {
         "kinetics400", CLASSES_TXT,
         {"train": {"a.mp4": "abseiling"}, "test": {"b.mp4": "zumba"}}, ["zumba", "a b", "abseiling"]),
     "Kinetics, one list": Layout("kinetics400", {"train.csv": "a.mp4 0\n"}, {"train": {"a.mp4": "0"}}, ["0"]),
-    **{f"Kinetics, {test}/": kinetics_folders(test) for test in ("val", "validate", "validation", "test")},
+    **{f"Kinetics, {test}/": kinetics_folders(test) for test in ("val", "validate", "Validation", "test")},
     **{f"SSv2, {stem}": ssv2(stem) for stem in ("", "labels/", SSV2, f"labels/{SSV2}")},
     "ESC-50": Layout(
         "esc50", {"meta/esc50.csv": ESC50_CSV}, {"train": ESC50, "test": ESC50, "all": ESC50},
@@ -356,14 +363,189 @@ def test_a_folder_of_folders_is_split_the_same_way_each_time(tmp_path):
     assert contents(data.list_clips("folder", tmp_path / "one", "test")).items() >= test.items()
 
 
-def test_files_beside_labelled_folders_are_said_to_be_left_out_but_searched(tmp_path, capsys):
-    put(tmp_path / "clips", {f"dogs/{i}.mp4": "" for i in range(20)} | {"loose.mp4": ""})
-    put(tmp_path / "kinetics", {f"train/{file}": "" for file in ("a/1.mp4", "loose.mp4")})
-    assert len(data.list_clips("folder", tmp_path / "clips", "all")) == 21
-    counts = [len(data.list_clips("folder", tmp_path / "clips", split)) for split in ("train", "test")]
-    assert sum(counts) == 20 and "1 files beside the sub-folders" in capsys.readouterr().out
-    data.list_clips("kinetics400", tmp_path / "kinetics")
-    assert "train: 1 files beside the class folders" in capsys.readouterr().out
+# What is said of a folder, and what becomes of each clip in it: its split and its class, "class" for those of
+# both splits together; "": left out.
+FLAT = {f"{name}/{i}.mp4": f"class {name}" for name in ("bus", "car", "plane") for i in range(9)}
+FATES = {
+    "train and val": (
+        "(splits by folder: Train/ for training, VAL/ for the test; "
+        "left out: 1 clip beside the splits: 's.mp4')",
+        {"Train/cat/1.mp4": "train cat", "Train/dog/x/2.mp4": "train dog", "VAL/cat/3.mp4": "test cat",
+         "VAL/dog/4.mp4": "test dog", "s.mp4": ""}),
+    "train, val and test": (
+        "train/ for training, valid/ for validation, TEST/ for the test; "
+        "left out: 2 clips beside the splits: 'o/')",
+        {"train/cat/1.mp4": "train cat", "valid/cat/2.mp4": "held cat", "TEST/cat/3.mp4": "test cat",
+         "o/cat/4.mp4": "", "o/5.mp4": ""}),
+    "two of a kind": (
+        "train_set/ for training, dev/ and val_256/ for the test",
+        {"train_set/a/1.mp4": "train a", "dev/a/2.mp4": "test a", "val_256/a/3.mp4": "test a"}),
+    "splits without classes": (
+        "train/ for training, eval/ for the test; no class folders, so no labels",
+        {"train/1.mp4": "train", "train/2.wav": "train", "eval/3.mp4": "test", "4.mp4": ""}),
+    "a clip without a class": (
+        "left out: 1 clip without a class folder: 'train/2.mp4'",
+        {"train/a/1.mp4": "train a", "train/2.mp4": "", "test/a/3.mp4": "test a"}),
+    "no class in training": (
+        "no labels, since not all of these clips lie in class folders",
+        {"train/1.mp4": "train", "test/a/2.mp4": "test a"}),
+    "classes compared exactly": (
+        "train/ lacks 1 of the classes: 'Cat'; test/ lacks 2 of the classes: 'cat', 'o'",
+        {"train/cat/1.mp4": "train cat", "train/o/2.mp4": "train o", "test/Cat/3.mp4": "test Cat"}),
+    "training alone": (
+        "(splits by folder: train/ for training)",
+        {"train/a/1.mp4": "train a", "train/b/2.mp4": "train b"}),
+    "training beside a stray folder": (
+        "train/ for training; left out: 1 clip beside the splits: 'x/'",
+        {"train/a/1.mp4": "train a", "train/b/2.mp4": "train b", "x/3.mp4": ""}),
+    "a class of trains": (
+        "sub-folders are classes, one clip in five is for the test; taken for no splits: 'train/'",
+        FLAT | {f"train/{i}.mp4": "class train" for i in range(9)}),
+    "classes of trains and tests": (
+        "taken for no splits: 'test/', 'train/'",
+        FLAT | {"train/1.mp4": "class train", "test/2.mp4": "class test"}),
+    "splits in classes": (
+        "taken for no splits: 'bus/test/', 'bus/train/'",
+        FLAT | {"bus/train/1.mp4": "class bus", "bus/test/2.mp4": "class bus"}),
+    "a clip beside classes": (
+        "left out: 1 clip beside the sub-folders: 'loose.mp4'", FLAT | {"loose.mp4": ""}),
+    "no folders": ("(no sub-folders, so no labels)", {"1.mp4": "class", "2.MP4": "class"})}
+
+
+@pytest.mark.parametrize("case", FATES)
+def test_the_folders_are_splits_or_classes_and_it_is_said_which(tmp_path, case):
+    note, fates = FATES[case]
+    put(tmp_path, dict.fromkeys(fates, ""))
+    seen = {}
+    for split, parts in (("train", ("train", "held", "class")), ("test", ("test", "class"))):
+        wanted = {}
+        for file, fate in fates.items():
+            part, _, label = fate.partition(" ")
+            if part in parts:
+                wanted[file] = label
+        if not wanted:
+            with pytest.raises(UserError, match=f"no clip in .* for the {split} split .*splits by folder: "):
+                data.list_clips("folder", tmp_path, split)
+            continue
+        listing = data.list_clips("folder", tmp_path, split)
+        found = contents(listing)
+        seen |= found
+        assert found.items() <= wanted.items()
+        assert found == wanted or "class" in {fate.split(" ")[0] for fate in fates.values()}
+        held = [] if listing.held is None else np.flatnonzero(listing.held)
+        assert [fates[names(listing)[i]][:4] for i in held] == ["held"] * len(held)
+        assert split == "test" or len(held) == sum(fate.startswith("held") for fate in fates.values())
+        said = data.describe(listing)
+        assert "\n" not in said and (note in said or split == "test")
+    assert seen.keys() == {file for file in fates if fates[file]}
+    assert len(data.list_clips("folder", tmp_path, "all")) == len(fates)            # a search takes each
+
+
+def test_a_link_adds_no_clip_that_is_there_already(tmp_path):
+    files = [f"{label}/{i}.mp4" for label in ("a", "b") for i in range(8)]
+    put(tmp_path / "clips", dict.fromkeys(files, ""))
+    put(tmp_path / "other", {f"c/{i}.mp4": "" for i in range(4)})
+    links = {"a/self": ".", "a/other_self": ".", "a/up": "..", "b/above": "../../..", "b/a": "../a", "0": "a",
+             "broken": "nowhere", "loop": "loop", "a/gone.mp4": "nowhere.mp4", "a/b1.mp4": "../b/1.mp4",
+             "c": "../other/c", "d": "../other/c", "c1.mp4": "../other/c/1.mp4"}
+    for link, target in links.items():
+        (tmp_path / "clips" / link).symlink_to(target)
+    os.mkfifo(tmp_path / "clips" / "a" / "pipe.mp4")
+    both = {}
+    for split in ("train", "test"):
+        listing = data.list_clips("folder", tmp_path / "clips", split)
+        assert not both.keys() & contents(listing).keys()
+        both |= contents(listing)
+    assert sorted(both) == files + [f"c/{i}.mp4" for i in range(4)]
+    said = data.describe(listing)
+    assert "7 links to a folder that is here already: '0', 'a/other_self', 'a/self' and 4 more" in said
+    assert "2 links to a clip that is here already: 'a/b1.mp4', 'c1.mp4'" in said
+    assert "4 broken or no file: 'a/gone.mp4', 'a/pipe.mp4', 'broken' and 1 more" in said
+
+
+def test_what_a_system_puts_beside_the_clips_is_neither_clip_nor_class(tmp_path):
+    clips = {f"{label}/{i}.mp4": "" for label in "ab" for i in range(9)}
+    junk = ("._x.mp4", "a/._1.mp4", "a/.hidden.mp4", "__MACOSX/a/1.mp4", ".Trash-0/files/1.mp4",
+            "@eaDir/x/1.mp4", "a/@eaDir/1.mp4", "#recycle/1.mp4", "$RECYCLE.BIN/1.mp4",
+            "System Volume Information/1.mp4", ".ipynb_checkpoints/1.mp4", "lost+found/1.mp4",
+            "Thumbs.db", "a/desktop.ini", ".DS_Store")
+    put(tmp_path, clips | dict.fromkeys(junk, ""))
+    listing = data.list_clips("folder", tmp_path, "all")
+    assert names(listing) == sorted(clips) and listing.classes == ["a", "b"]
+    named = "'#recycle', '$RECYCLE.BIN', '.DS_Store' and 12 more"
+    assert listing.notes[-1] == f"left out: {len(junk)} hidden or system names: {named}"
+
+
+def test_files_that_ffmpeg_reads_are_clips_and_all_others_are_counted(tmp_path):
+    endings = ("wmv mts M2TS asf vob 3g2 mka oga caf amr wv m2v mp2 ac3 w64 au f4v mxf ape tta webm Mp4 aiff "
+               "opus ogm rmvb m4b dts spx aifc 3ga weba m2t").split()
+    put(tmp_path, {f"clip.{ending}": "" for ending in endings})
+    others = ("a.xyz", "b.xyz", "c.XYZ", "d.mp4.part", "e.jpg", "f", "g.a b", "h.srt", "i.json", "j.npz")
+    put(tmp_path, dict.fromkeys(others, ""))
+    listing = data.list_clips("folder", tmp_path)
+    assert names(listing) == sorted(f"clip.{ending}" for ending in endings)
+    left_out = "3 .xyz, 2 without an ending, 1 .jpg, 1 .json, 1 .npz, 2 of other endings"
+    assert data.describe(listing).endswith(f"(no sub-folders, so no labels; left out: {left_out})")
+
+
+@pytest.mark.parametrize("name, case", [("folder", "folder with splits"), ("vggsound", "VGGSound, official")])
+def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch, name, case):
+    layout = LAYOUTS[case]
+    put(tmp_path, layout.files | dict.fromkeys(layout.rows["train"], "") | {"private/x/1.mp4": ""})
+
+    def scandir(path, really=os.scandir):               # root may read all
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied")
+        return really(path)
+
+    monkeypatch.setattr(listings.os, "scandir", scandir)
+    listing = data.list_clips(name, tmp_path)
+    assert len(listing) == len(layout.rows["train"])
+    assert "1 folder not readable: 'private'" in data.describe(listing)
+
+
+def test_names_of_any_bytes_are_classes_and_clips_and_are_printed_on_one_line(tmp_path):
+    odd = ("two\nlines", "a  b", "byte \udcff", "tab\t", "'", "ünï", "-")
+    files = {f"{label}/{i}{label}.mp4": label for label in odd for i in range(4)}
+    try:
+        put(tmp_path, dict.fromkeys([*files, "x\n\udcfe.mp4"], ""))
+    except OSError:
+        pytest.skip("a file system of UTF-8 names alone")
+    both = {}
+    for split in ("train", "test"):
+        listing = data.list_clips("folder", tmp_path, split)
+        assert all(Path(listing.path(i)).is_file() for i in range(len(listing)))
+        for i, file in enumerate(listing.files):
+            both[os.fsdecode(bytes(file))] = listing.classes[int(listing.targets([i]))]
+        assert data.describe(listing).encode().isascii() and "\n" not in data.describe(listing)
+    assert both == files
+
+
+def test_labels_count_further_than_16_bits():
+    count = 40_000
+    listing = data.make_listing("x", "", [f"{i}/1.mp4" for i in range(count)], [[i] for i in range(count)],
+                                [str(i) for i in range(count)])
+    assert torch.equal(listing.targets(range(count)), torch.arange(count))
+    assert listing.subset([39_999]).targets([0]).tolist() == [39_999]
+    assert data.describe(listing) == "x: 40,000 clips found, 40,000 classes"
+
+
+def test_a_data_dir_that_is_no_folder_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    put(tmp_path, {"file": "x"})
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    reasons = {"file": "is a file; give the folder", "link": "is a link to nowhere, which is not there",
+               "none": "there is no such folder", "loop": "cannot be read", "x" * 300: "cannot be read",
+               "a\0b": "cannot be read", "file/below": "is a file"}
+    for name, reason in reasons.items():
+        for data_set in ("folder", "vggsound"):
+            fails(data.list_clips, data_set, tmp_path / name, match=f"--data-dir .*: {reason}")
+
+    def scandir(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(data.os, "scandir", scandir)    # root may read all
+    fails(data.list_clips, "folder", tmp_path, match="cannot be read .Permission denied")
 
 
 def test_a_clip_of_any_name_can_be_read_from_the_current_folder_too(tmp_path, clips, monkeypatch):
@@ -393,21 +575,25 @@ GOOD = {                                                    # lists without a cl
     "speechcommands": {"validation_list.txt": "no/a.wav\n", "testing_list.txt": "no/b.wav\n"},
     "fsd50k": {VOCABULARY: "0,Siren,/m/0\n", DEV: FSD50K_HEAD + "1,Siren,x,train\n",
                f"{TRUTH}/eval.csv": FSD50K_HEAD + "2,Siren,x,x\n"}}
+NUMBERS = ("²", "9" * 5000, "-1", "1.5", "")                # none of them counts anything
 ROWS = {                                                    # (set, list): {sentence: contents}
     ("audioset", SEGMENTS): {
         "unknown class '/m/x'": ['abcdefghijk, 0.0, 10.0, "/m/0k4j,/m/x"\n'],
         "not of AudioSet's form": ["abcdefghijk, 0.000\n"]},
     ("audioset", CLASSES): {
-        "not of AudioSet's form": ["index,mid,name\nzero,/m/0k4j,Car\n"],
+        "not of AudioSet's form": [f"index,mid,name\n{n},/m/0k4j,Car\n" for n in ("zero", *NUMBERS[:2])],
+        "does not give each class an index of its own": [
+            "index,mid,name\n1,/m/0k4j,Car\n", "index,mid,name\n0,/m/0k4j,Car\n0,/m/x,Bus\n"],
         "unknown class": ["index,mid,display_name\n"]},
     ("vggsound", "vggsound.csv"): {
-        "the four fields id, start .whole": ["abcdefghijk,30,dog\n", "abcdefghijk,thirty,dog,train\n"]},
+        "the four fields id, start .whole": ["abcdefghijk,30,dog\n", "abcdefghijk,thirty,dog,train\n",
+                                             *[f"abcdefghijk,{n},dog,train\n" for n in NUMBERS]]},
     ("kinetics400", "train.csv"): {
         "train.csv: .* nothing but its header": [KINETICS_HEAD],
         "train.csv: .* lacks one of the columns label, youtube_id, time_start": [
             "label,youtube_id,split\na,b,train\n", KINETICS_HEAD + "a,abcdefghijk\n"],
         "train.csv: a time is not a number": [
-            f"{KINETICS_HEAD}a,abcdefghijk,1,{time},x\n" for time in ("ten", "nan", "inf")],
+            f"{KINETICS_HEAD}a,abcdefghijk,1,{time},x\n" for time in ("ten", "nan", "inf", *NUMBERS[:3])],
         "train.csv: neither begins .* the path of a clip and a label": [
             "a.mp4\n", "a.mp4 0\nwith space/b.mp4\n"],
         "train.csv: some labels are whole numbers and others are not": ["a.mp4 dog\n"]},
@@ -415,7 +601,8 @@ ROWS = {                                                    # (set, list): {sent
         "labels.json: the list is empty": ["{}"],
         "labels.json: does not give each template a number": [
             '["Closing something"]', '{"Closing something": "one"}', '{"Closing something": null}',
-            ssv2_labels(0, 1, 3), ssv2_labels(0, 1, 1)]},
+            ssv2_labels(0, 1, 3), ssv2_labels(0, 1, 1), *[f'{{"Closing something": "{n}"}}' for n in NUMBERS],
+            '{"Closing something": Infinity}']},
     ("ssv2", "train.json"): {
         "train.json: the list is empty": ["[]"],
         "train.json: cannot be read as json": ["[{", "[" * 10 ** 5],
@@ -424,11 +611,14 @@ ROWS = {                                                    # (set, list): {sent
         "train.json: unknown template 'Juggling a b'": ['[{"id": "1", "template": "Juggling [a b]"}]']},
     ("esc50", ESC50_PATH): {
         "lacks one of the columns": ["fold\n1\n", ESC50_HEAD + "a,1\n"],
-        "not a whole number": [ESC50_HEAD + "a.wav,one,0,dog\n"],
+        "not a whole number": [
+            ESC50_HEAD + "a.wav,one,0,dog\n", *[f"{ESC50_HEAD}a.wav,{n},0,dog\n" for n in NUMBERS],
+            *[f"{ESC50_HEAD}a.wav,1,{n},dog\n" for n in NUMBERS]],
         "a target has two categories, or two targets the same one": [
             ESC50_HEAD + "a,1,0,dog\nb,1,0,cat\n", ESC50_HEAD + "a,1,0,dog\nb,1,1,dog\n"]},
     ("speechcommands", "testing_list.txt"): {"word/file.wav": ["yes\n"]},
-    ("fsd50k", VOCABULARY): {"index,label,mid": ["Siren\n", "0,Siren,/m/0\n2,Bark,/m/1\n"]},
+    ("fsd50k", VOCABULARY): {"index,label,mid": [
+        "Siren\n", "0,Siren,/m/0\n2,Bark,/m/1\n", *[f"{n},Siren,/m/0\n" for n in NUMBERS]]},
     ("fsd50k", DEV): {
         "unknown class 'Cough'": [FSD50K_HEAD + "1,Cough,x,train\n"],
         "lacks one of the columns": ["fname,labels\n1,Siren\n"],
@@ -469,11 +659,20 @@ def refused(tmp_path):
 def test_a_list_that_is_not_there_or_empty_or_not_in_utf_8_is_named(refused, name):
     refused(name, "train", "none of the . listed clips", {})
     wrong = {None: "there is no such file; put", "": "the list is empty|as json",
-             "# only\n# comments\n\n": "the list is empty|as json", b"\xff\xfe\x00": "UTF-8|as json"}
+             "# only\n# comments\n\n": "the list is empty|as json", b"\xff\xfe\x00": "UTF-8|as json",
+             "a,1\n".encode("utf-16-le"): "zero byte|as json", "a,b\0\n": "zero byte|as json",
+             "x" * 200_000: "field larger|as json"}
     for path in GOOD[name]:
         for content, sentence in wrong.items():
             split = "test" if path in TESTS else "train"
             refused(name, split, f"({Path(path).name}|train.csv): .*({sentence})", {path: content})
+        is_folder = {path: None, f"{path}/x": ""}
+        refused(name, split, f"{Path(path).name}: .*[Ii]s a (folder|directory)", is_folder)
+
+
+def test_a_quote_that_is_left_open_swallows_no_rows(refused):
+    refused("vggsound", "train", "cannot be read as a csv .*quote", {
+        "vggsound.csv": 'abcdefghijk,30,"dog,train\nabcdefghijl,30,dog,train\nabcdefghijm,30,"cat",train\n'})
 
 
 @pytest.mark.parametrize("name, path", ROWS)
@@ -486,3 +685,86 @@ def test_what_is_wrong_in_a_list_is_said_in_one_sentence(refused, name, path):
 @pytest.mark.parametrize("case", FOLDERS)
 def test_what_is_wrong_in_a_folder_is_said_in_one_sentence(refused, case):
     refused(*case)
+
+
+# --- data.py ---
+
+def test_check_listens_to_two_minutes_and_names_what_is_wrong_with_a_clip(tmp_path, capsys):
+    second = tone(1000, 1, 8000)
+    poison = np.tile(second, 20)
+    poison[8000] = np.nan                               # at its first second; the middle is fine
+    write(tmp_path / "poison.wav", wave=poison, rate=8000, audio="pcm_f32le")
+    loud = np.tile(second, 130)
+    write(tmp_path / "long.wav", wave=loud, rate=8000, audio="pcm_s16le")
+    loud[125 * 8000] = np.inf                           # later than it listens
+    write(tmp_path / "late.wav", wave=loud, rate=8000, audio="pcm_f32le")
+    frames = [numbered(n) for n in range(100)]
+    write(tmp_path / "sound.mkv", frames, tone(1000, 1))
+    write(tmp_path / "picture.mkv", frames[:25], tone(1000, 4))
+    write(tmp_path / "late.mkv", frames, np.concatenate([np.zeros(48000), tone(1000, 1)]))
+    (tmp_path / "two\nlines.mp4").write_bytes(b"no clip")
+    for workers in (0, 1):
+        counts = data.check(data.list_clips("folder", tmp_path), workers)
+        assert counts.items() >= {
+            "clips": 7, "unreadable": 2, "short": 2, "long": 2, "no audio": 0, "no video": 2}.items()
+        first, *rest = capsys.readouterr().out.splitlines()
+        assert first == "folder: 7 clips found (no sub-folders, so no labels)"              # at once
+        said = {line.split(": ")[1].split("/")[-1]: line.split(": ")[0] for line in rest if ": " in line}
+        assert said == {"poison.wav": "unreadable", "two\\nlines.mp4": "unreadable", "long.wav": "long",
+                        "late.wav": "long", "sound.mkv": "short", "picture.mkv": "short"}
+        assert rest[-1].startswith("unreadable 2, without picture 2, without sound 0, 0.0")
+        assert rest[-1].endswith(" hours, short 2, long 2")
+
+
+def test_a_worker_that_was_killed_while_it_checks_is_a_sentence(tmp_path, clips, monkeypatch):
+    def killed(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(checks, "look", killed)
+    put(tmp_path, {"a.mp4": (clips / "good.mp4").read_bytes()})
+    flags = f"--data folder --data-dir {tmp_path} --workers 1 --check"
+    fails(data.main, flags.split(), match="data worker was killed")
+
+
+@pytest.mark.parametrize("flag", ["--clips", "--seconds", "--mels", "--hop", "--workers"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "²", "9" * 5000, "", "1e400"])
+def test_a_number_that_is_none_ends_in_a_sentence(flag, value, capsys):
+    try:
+        fails(data.main, ["--stats", flag, value], match=f"{flag} .*is out of range: from ")
+    except SystemExit as e:                             # argparse's
+        assert e.code == 2 and f"error: argument {flag}: " in capsys.readouterr().err
+
+
+@pytest.fixture()
+def tiny_world(monkeypatch):
+    for key, value in (("train", 3), ("test", 2)):
+        monkeypatch.setitem(data.TOY, key, value)
+
+
+def test_of_two_that_write_the_toy_clips_at_once_the_second_takes_those_of_the_first(
+        tmp_path, tiny_world, monkeypatch):
+    def interrupted(folder, split, really=toys.write_split):
+        really(folder, split)
+        monkeypatch.setattr(toys, "write_split", really)
+        data.make_toy(tmp_path / "toy")                 # another one begins later, and is done first
+
+    monkeypatch.setattr(toys, "write_split", interrupted)
+    assert len(data.list_clips("toy", tmp_path / "toy")) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+    assert (tmp_path / "toy" / "world.json").read_bytes() == toys.world()
+
+
+def test_toy_clips_that_cannot_be_written_or_read_end_in_a_sentence_and_leave_nothing(tmp_path, tiny_world):
+    put(tmp_path, {"file": "x"})
+    for place in ("file", "file/toy"):
+        fails(data.list_clips, "toy", tmp_path / place, match="clips cannot be written there .*; make room")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))      # as a full disk: in the workers
+        fails(data.list_clips, "toy", tmp_path / "toy", match="cannot be written there .File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    data.make_toy(tmp_path / "toy")
+    (tmp_path / "toy" / "test" / "truth.npz").write_bytes(b"PK")
+    fails(data.list_clips, "toy", tmp_path / "toy", "test", match="truth.npz: cannot be read .*; remove ")

@@ -83,6 +83,19 @@ def measure(scores, targets):
     return "mAP", 100 * value, counted
 
 
+def measure_held_out(scores, targets):
+    """The value that a learning rate is chosen by; one that made scores of no finite numbers comes last."""
+    return measure(scores, targets)[1] if scores.isfinite().all() else -math.inf
+
+
+def measure_test(scores, targets):
+    """`measure`. UserError where the scores are no finite numbers."""
+    if not scores.isfinite().all():
+        raise UserError("the scores of the test clips are not finite numbers: the head did not learn; lower "
+                        "--lr")
+    return measure(scores, targets)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Heads
 # ----------------------------------------------------------------------------------------------------------
@@ -248,6 +261,47 @@ def even_plan(views, inputs, keys, crops=1):
         data.even_views, views, inputs, video="video" in keys, audio="audio" in keys, crops=crops)
 
 
+def take(batch, keys, has, device):
+    """The inputs `keys` of a batch on the device, {key: (B views, ...)}, of the clips `has` (B,) bool."""
+    given = {key: batch[key] for key in keys}
+    if not has.all():
+        rows = has.repeat_interleave(len(batch[keys[0]]) // len(has))
+        given = {key: x[rows] for key, x in given.items()}
+    return data.to_device(given, device)
+
+
+def read_clips(listing, inputs, keys, views, process, workers, label, crops=1, batch=32):
+    """A batch at a time of the clips of a listing that have all of `keys`: (index (B,), inputs {key: (B views
+    crops, ...)} on the device). The others are named. UserError where no clip has them."""
+    troubles = data.Troubles(len(listing))
+    plan = even_plan(views, inputs, keys, crops)
+    size = max(1, batch // (views * crops))
+    found = False
+    for clips in data.eval_batches(listing, inputs, plan, size, workers, troubles, label):
+        has = has_all(clips, keys)
+        troubles.name(lacking(names_of(listing, clips["index"][~has]), keys))
+        if has.any():
+            found = True
+            yield clips["index"][has], take(clips, keys, has, process.device)
+    if not found:
+        raise UserError(f"{listing.name}: no clip has all of {', '.join(keys)}; give another --modality")
+
+
+def has_all(batch, keys):
+    """Which clips of a batch have all of `keys`, (B,) bool."""
+    return torch.stack([batch[f"has_{key}"] for key in keys]).all(0)
+
+
+def names_of(listing, index):
+    """The paths of the clips of these indices."""
+    return [listing.path(i) for i in index.tolist()]
+
+
+def lacking(names, keys):
+    """What is said of clips that lack one of `keys`."""
+    return [f"{name}: has no {' or no '.join(keys)}" for name in names]
+
+
 @torch.no_grad()
 def extract(encoders, listing, inputs, modalities, views, process, workers=1, tokens=False, batch=32,
             label="features", crops=1):
@@ -255,22 +309,21 @@ def extract(encoders, listing, inputs, modalities, views, process, workers=1, to
     encoder and modality.
 
     Returns ({(encoder name, modality): (N, views x crops, D), with `tokens` (N, views x crops, number, D)},
-    index (N,)). Clips that do not decode are left out and named on the screen."""
+    index (N,)). Clips that do not decode, or lack what one of the modalities needs, are left out and named on
+    the screen."""
     features = {key: [] for key in itertools.product(encoders, modalities)}
     keys = needed_keys(modalities)
-    index = []
-    troubles = data.Troubles(len(listing))
-    count = views * crops
-    plan = even_plan(views, inputs, keys, crops)
-    for clips in data.eval_batches(listing, inputs, plan, max(1, batch // count), workers, troubles, label):
-        index.append(clips["index"])
-        clips = data.to_device(clips, process.device)
+    indices = []
+    for index, given in read_clips(listing, inputs, keys, views, process, workers, label, crops, batch):
+        indices.append(index)
         for (name, modality), parts in features.items():
             with process.autocast():
-                all_tokens, embedding = encoders[name](**pick(clips, modality))
+                all_tokens, embedding = encoders[name](**pick(given, modality))
             x = all_tokens.to(torch.bfloat16) if tokens else embedding.to(torch.float32)
-            parts.append(x.unflatten(0, (-1, count)).cpu())
-    return {key: torch.cat(parts) for key, parts in features.items()}, torch.cat(index)
+            x = x.unflatten(0, (-1, views * crops)).cpu()
+            retrieval.check_finite(x, names_of(listing, index))
+            parts.append(x)
+    return {key: torch.cat(parts) for key, parts in features.items()}, torch.cat(indices)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -357,6 +410,70 @@ def hold_out(listing, index, seed, needed=True):
     if needed:
         return split_off(len(index), seed)
     return torch.arange(len(index)), None
+
+
+def labelled(listing, split):
+    """The clips of a listing that have a label; of a multi-label set all. UserError where none has."""
+    if listing.labels is None or len(listing.labels) == 0:
+        raise UserError(f"{listing.name}: its {split} clips have no labels, and a probe needs labels; put "
+                        "them into one sub-folder for each class, or take the set's own csv")
+    has = np.diff(listing.offsets) > 0
+    if listing.multilabel or has.all():
+        return listing
+    print(f"{listing.name}: {(~has).sum():,} {split} clips have no label and are left out")
+    return listing.subset(np.flatnonzero(has))
+
+
+def some(names):
+    """The first five, and how many more."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def compare_classes(train, test):
+    """Of the classes of a set, which have test clips but nothing to train on, and which have only that, two
+    (C,) bool. UserError where a score would say nothing: one class only, or none that is trained and
+    tested."""
+    if train.held is not None and not train.held.all():
+        train = train.subset(np.flatnonzero(~train.held))
+    names = np.array(train.classes)
+    trained = np.bincount(train.labels, minlength=len(names))
+    tested = np.bincount(test.labels, minlength=len(names))
+    differs = (trained > 0) & (trained < len(train))        # has training clips that are of it, and others
+    if not differs.any():
+        raise UserError(f"{train.name}: all {len(train):,} training clips are of {some(names[trained > 0])}, "
+                        "which any head says; a probe needs clips of at least two classes")
+    both = differs & (tested > 0)
+    if not both.any():
+        raise UserError(f"{train.name}: no class has both training clips ({some(names[trained > 0])}) and "
+                        f"test clips ({some(names[tested > 0])}); a probe needs the same classes in both")
+    if test.multilabel and (tested[both] == len(test)).all():
+        raise UserError(f"{train.name}: all {len(test):,} test clips are of {some(names[both])}, so that any "
+                        "ranking is right; a probe needs test clips of other classes beside them")
+    return (trained == 0) & (tested > 0), (trained > 0) & (tested == 0)
+
+
+def check_classes(train, test):
+    """compare_classes of a set, or of each of its folds: prints which classes lack training or test clips,
+    and returns how many they are: dict(untrained, untested)."""
+    pairs = [(train, test)]
+    where = ""
+    if train.fold is not None:
+        pairs = []
+        where = " in one fold or another"
+        for number, (inner, outer) in zip(np.unique(train.fold), rounds(train.fold)):
+            named = replace(train, name=f"{train.name}, fold {number}")
+            pairs.append((named.subset(inner), named.subset(outer)))
+    untrained, untested = np.any([compare_classes(*pair) for pair in pairs], 0)
+    names = np.array(train.classes)
+    costs = "add next to nothing to the mAP" if train.multilabel else "count as wrong"
+    if untrained.any():
+        print(f"{train.name}: {untrained.sum():,} classes have no training clips{where}, so that their test "
+              f"clips {costs}: {some(names[untrained])}")
+    if untested.any():
+        print(f"{train.name}: {untested.sum():,} classes have no test clips{where}, so that the score says "
+              f"nothing of them: {some(names[untested])}")
+    return {"untrained": int(untrained.sum()), "untested": int(untested.sum())}
 
 
 def rounds(fold):
@@ -463,13 +580,13 @@ def probe_cached(kind, x, y, x_test, y_test, classes, lrs, epochs, batch, seed, 
     with common.one_thread() if kind == "linear" else contextlib.nullcontext():
         train_heads(heads, batches, steps, lrs, progress=progress)
 
-    def test(head, features, targets):
+    def test(head, features, targets, score):
         probabilities = average(predict(head, features, device), targets.ndim == 2)
-        return measure(probabilities, targets)
+        return score(probabilities, targets)
 
-    values = [test(head, x[held], y[held])[1] for head in heads]
+    values = [test(head, x[held], y[held], measure_held_out) for head in heads]
     best = int(np.argmax(values))
-    name, value, counted = test(heads[best], x_test, y_test)
+    name, value, counted = test(heads[best], x_test, y_test, measure_test)
     return {
         "metric": name, "value": value, "classes": counted, "lr": lrs[best], "held_out": values[best],
         "N": len(y_test)}
@@ -555,14 +672,25 @@ def train_online(model, listing, inner, protocol, views, process, workers):
     order = data.Batches(len(clips), min(protocol.batch_size, len(clips)), protocol.seed, 0, steps)
     troubles = data.Troubles(len(clips), 1.0)
     loader = data.train_loader(clips, order, workers, process.device.type == "cuda")
+    keys = MODALITIES[views.modality]
+    begun = False
     for step, batch in enumerate(tqdm(loader, desc=protocol.probe, unit="step")):
         troubles.add(batch)
         for group in optimizer.param_groups:
             group["lr"] = common.cosine(step, steps, group["peak"], 0.0)
-        targets = listing.targets(inner[batch["index"]]).to(process.device)
+        has = has_all(batch, keys)
+        index = inner[batch["index"]]
+        troubles.name(lacking(names_of(listing, index[~has]), keys))
+        if has.sum() < 2:                               # BatchNorm needs two
+            continue
+        index = index[has]
+        targets = listing.targets(index).to(process.device)
         optimizer.zero_grad()
         with process.autocast():
-            features = model.train().encode(data.to_device(batch, process.device))
+            features = model.train().encode(take(batch, keys, has, process.device))
+        if not begun:                                   # later it is the learning rate
+            retrieval.check_finite(features[1], names_of(listing, index))
+            begun = True
         learnt = 0
         for head in model.heads:                        # one after the other: the graphs of all would not fit
             with process.autocast():
@@ -574,26 +702,27 @@ def train_online(model, listing, inner, protocol, views, process, workers):
         if not learnt:
             raise UserError(f"the loss is not finite at step {step}; lower --lr")
         optimizer.step()
+    if not begun:
+        raise UserError(f"{listing.name}: no two training clips of a batch have all of {', '.join(keys)}; "
+                        "give another --modality")
 
 
 @torch.no_grad()
 def predict_online(model, listing, views, process, workers, label):
     """(probabilities (heads, N, C), the mean over the views, index (N,)) of the clips of a listing that can
-    be read."""
-    count = views.test * views.crops
-    plan = even_plan(views.test, views.inputs, MODALITIES[views.modality], views.crops)
-    troubles = data.Troubles(len(listing))
+    be read and have what the modality needs."""
+    keys = MODALITIES[views.modality]
     parts = []
-    index = []
+    indices = []
     model.eval()
-    size = max(1, 32 // count)
-    for clips in data.eval_batches(listing, views.inputs, plan, size, workers, troubles, label):
-        index.append(clips["index"])
+    batches = read_clips(listing, views.inputs, keys, views.test, process, workers, label, views.crops)
+    for index, given in batches:
+        indices.append(index)
         with process.autocast():
-            scores = torch.stack(model(data.to_device(clips, process.device)))      # (heads, B views, C)
-        scores = scores.float().unflatten(1, (-1, count))                           # (heads, B, views, C)
+            scores = torch.stack(model(given))                                      # (heads, B views, C)
+        scores = scores.float().unflatten(1, (-1, views.test * views.crops))        # (heads, B, views, C)
         parts.append(average(scores, listing.multilabel).cpu())                     # (heads, B, C)
-    return torch.cat(parts, 1), torch.cat(index)
+    return torch.cat(parts, 1), torch.cat(indices)
 
 
 def probe_online(protocol, views, encoder, train, test, process, workers):
@@ -611,11 +740,13 @@ def probe_online(protocol, views, encoder, train, test, process, workers):
         chosen = train.subset(held.tolist())
         scores, index = predict_online(model, chosen, views, process, workers, "held out")
         targets = train.targets(held[index])
-        values = [measure(of_head, targets)[1] for of_head in scores]
+        values = [measure_held_out(of_head, targets) for of_head in scores]
         best = int(np.argmax(values))
         held_out = values[best]
     scores, index = predict_online(model, test, views, process, workers, "test")
-    name, value, counted = measure(scores[best], test.targets(index))
+    if len(index) < len(test):                          # what was left out may have been a whole class
+        compare_classes(train.subset(inner), test.subset(index))
+    name, value, counted = measure_test(scores[best], test.targets(index))
     return {
         "metric": name, "value": value, "classes": counted, "lr": protocol.lrs[best], "held_out": held_out,
         "N": len(index)}
@@ -678,12 +809,18 @@ def run_cached(protocol, views, encoder, train, test, process, workers):
     if train.fold is None:
         x_test, index_test = read(test, views.test, views.crops, "features (test)")
         split = hold_out(train, index, protocol.seed)
+        if len(index) + len(index_test) < len(train) + len(test):       # may have been a whole class
+            compare_classes(train.subset(index), test.subset(index_test))
         return fit(x, y, x_test, test.targets(index_test), split=split)
     fold = train.fold[index.numpy()]
     if len(np.unique(fold)) < len(np.unique(train.fold)):
         raise UserError(f"{train.name}: a fold has no clip that can be read; look at the files with "
                         "python data.py --check")
-    return join_folds([fit(x[inner], y[inner], x[outer], y[outer]) for inner, outer in rounds(fold)])
+    results = []
+    for inner, outer in rounds(fold):
+        compare_classes(train.subset(index[inner]), train.subset(index[outer]))
+        results.append(fit(x[inner], y[inner], x[outer], y[outer]))
+    return join_folds(results)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -728,9 +865,10 @@ def toy_report(out, data_dir, process, workers, name="toy"):
     print_table(table, modalities, ways, len(y_test))
     table["seconds"] = round(time.time() - began, 1)
     text = json.dumps(table, indent=1) + "\n"
-    run.replace_file(Path(out) / "results.json", lambda f: f.write(text.encode()))
+    file = Path(out) / "results.json"
+    write_file(file, lambda f: f.write(text.encode()), "the table above is all there is")
     searched = f", retrieval by '{table['trained']['embedding']}' (retrieval.py)" if ways else ""
-    print(f"evaluated in {table['seconds']:.0f} s{searched}: {out}/results.json")
+    print(f"evaluated in {table['seconds']:.0f} s{searched}: {file}")
     return table
 
 
@@ -759,27 +897,29 @@ def print_table(table, modalities, ways, clips):
 # Features in a file
 # ----------------------------------------------------------------------------------------------------------
 
+def write_file(path, write, advice):
+    """run.replace_file: write(file) a file, of which no half is left. UserError with the advice where that
+    fails."""
+    try:
+        run.replace_file(path, write)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}); {advice}") from None
+
+
 @torch.no_grad()
 def encode_clips(encoder, listing, inputs, modalities, views, process, workers, label="features", batch=32):
     """A batch at a time, of the clips that have all that the modalities need: (index (B,), inputs {"video" or
     "audio": (B views, ...)}, {modality: (tokens (B views, N, D), embedding (B views, D))}). The others are
     named."""
     keys = needed_keys(modalities)
-    troubles = data.Troubles(len(listing))
-    plan = even_plan(views, inputs, keys)
-    for clips in data.eval_batches(listing, inputs, plan, max(1, batch // views), workers, troubles, label):
-        index = clips["index"]
-        has = torch.stack([clips[f"has_{key}"] for key in keys]).all(0)             # (B,)
-        lacking = [listing.path(i) for i in index[~has].tolist()]
-        troubles.name([f"{path}: has no {' or no '.join(keys)}" for path in lacking])
-        if not has.any():
-            continue
-        clips = data.to_device({key: clips[key] for key in (*keys, "index")}, process.device)
-        rows = has.repeat_interleave(views).to(process.device)                      # (B views,)
-        given = {key: clips[key][rows] for key in keys}
+    for index, given in read_clips(listing, inputs, keys, views, process, workers, label, batch=batch):
         with process.autocast():
             outputs = {modality: encoder(**pick(given, modality)) for modality in modalities}
-        yield index[has], given, outputs
+        for tokens, embedding in outputs.values():
+            for x in (tokens, embedding):
+                if x is not None:                       # of the raw input
+                    retrieval.check_finite(x.unflatten(0, (-1, views)), names_of(listing, index))
+        yield index, given, outputs
 
 
 def save_features(path, encoder, listing, views, process, workers, patch_level=False):
@@ -796,9 +936,7 @@ def save_features(path, encoder, listing, views, process, workers, patch_level=F
         clip.append(embedding.float().unflatten(0, (-1, views.test)).mean(1).cpu())     # (B, D)
         if patch_level:
             patch.append(tokens.half().unflatten(0, (-1, views.test)).cpu())            # (B, views, N, D)
-    if not indices:
-        keys = ", ".join(MODALITIES[modality])
-        raise UserError(f"{listing.name}: no clip has all of {keys}; give another --modality")
+            retrieval.check_finite(patch[-1], names_of(listing, index))                 # may exceed 65,504
     index = torch.cat(indices)
     arrays = {
         "files": np.array([os.fsdecode(bytes(listing.files[i])) for i in index]),
@@ -809,11 +947,7 @@ def save_features(path, encoder, listing, views, process, workers, patch_level=F
     if listing.labels is not None:
         arrays["labels"] = listing.targets(index).numpy()
         arrays["classes"] = np.array(listing.classes)
-    try:
-        run.replace_file(path, lambda f: np.savez(f, **arrays))
-    except OSError as e:
-        raise UserError(f"--save-features {path}: cannot be written ({e.strerror}); give another "
-                        "place") from None
+    write_file(path, lambda f: np.savez(f, **arrays), "give --save-features another place")
     shapes = [f"{key} {arrays[key].shape}" for key in ("clip", "patch", "labels") if key in arrays]
     print(f"{path}: {len(index):,} clips ({len(listing) - len(index):,} left out), {', '.join(shapes)}")
 
@@ -835,7 +969,7 @@ NEEDS = {  # flag: what it serves; those that are not here serve all of it
     "split":               ("save-features",),
     "patch_level":         ("save-features",)}
 RANGES = {
-    "epochs": (1, 10 ** 6), "batch_size": (2, 10 ** 6), "lr": (0, 10), "encoder_lr": (0, 10),
+    "epochs": (1, 10 ** 6), "batch_size": (2, 10 ** 6), "lr": (1e-9, 10), "encoder_lr": (0, 10),
     "regularised_masking": (0, 1), "views": (1, 1000), "seconds": (0.1, 3600), "cache_gb": (0, 10 ** 6),
     "workers": (0, 1024), "seed": (0, 2 ** 31)}
 
@@ -937,9 +1071,10 @@ def get_args(argv=None):
         if args.probe != "linear":
             raise UserError("--save-features trains nothing; leave --probe out")
         out = Path(args.save_features)
-        if out.is_dir() or not out.absolute().parent.is_dir():
-            raise UserError(f"--save-features {out}: its folder does not exist, or it is a folder itself; "
-                            "give a file in a folder that exists")
+        folder = out.absolute().parent
+        if os.path.isdir(out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise UserError(f"--save-features {out}: its folder does not exist or is read-only, or it is a "
+                            "folder itself; give a file in a folder that exists")
     return args
 
 
@@ -962,15 +1097,15 @@ def main(argv=None):
         return
     train = data.list_clips(args.data, args.data_dir, "train")
     test = data.list_clips(args.data, args.data_dir, "test")
-    if train.labels is None:
-        raise UserError(f"--data {args.data}: a probe needs labels; put the clips into one sub-folder for "
-                        "each class")
+    train = labelled(train, "training")
+    test = labelled(test, "test")
     views = choose_views(args, encoder, train)
     if train.fold is None:
         print(f"{data.describe(train)} (train)\n{data.describe(test)} (test)")
     else:
         print(f"{data.describe(train)} (tested fold by fold)")
     protocol = choose_protocol(args, encoder.method, train)
+    classes = check_classes(train, test)
     cache_gb = 4.0 if args.cache_gb is None else args.cache_gb
     result = run_probe(protocol, views, seen, load, train, test, process, workers, cache_gb)
     print_result(args, views, result, time.time() - began)
@@ -984,6 +1119,7 @@ def main(argv=None):
         "encoder": args.encoder,
         "layers": args.layers,
         **result,
+        **classes,
         "left_out": len(test) - result["N"],
         "views": views.test,
         "crops": views.crops,

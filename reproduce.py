@@ -17,6 +17,7 @@ import math
 import re
 import shlex
 import signal
+import stat
 import statistics
 import subprocess
 import sys
@@ -28,8 +29,8 @@ from matplotlib.figure import Figure
 
 import common
 import probe
-from common import UserError, main_guard
-from run import Help, code_version, read_log, replace_file
+from common import UserError, check_range, main_guard
+from run import Help, choose_device, code_version, read_log, replace_file
 
 TRAIN = "train"                                         # of a run's steps the one that is not a probe
 
@@ -159,7 +160,7 @@ def plan(experiment, seeds, out, given, extra):
     early has a whole table of fewer seeds. given: flags for the run and its probes; extra: for the run
     alone."""
     runs = []
-    for seed in dict.fromkeys(seeds):
+    for seed in seeds:
         for row, line in experiment["rows"].items():
             name = re.sub("[^a-z0-9]+", "-", row.lower()).strip("-")
             folder = Path(out) / f"{name}-seed{seed}"
@@ -187,17 +188,27 @@ def write(path, content):
     replace_file(path, lambda file: file.write(text.encode()))
 
 
+def begun(run):
+    """(command, versions of the code) by which a run was begun; two empty lists where it was not, or the file
+    that says so is broken."""
+    content = read(run["folder"] / "command.json") or {}
+    lists = [content.get("command"), content.get("versions")]
+    if not all(isinstance(words, list) for words in lists):
+        return [], []
+    return lists
+
+
 def finished(run):
     """The results of a run, with its measures where the experiment probes it further, or None if it is not
     finished. Raises UserError if the folder holds a run of another command."""
-    begun = read(run["folder"] / "command.json")
+    command, versions = begun(run)
     results = read(run["folder"] / "results.json")
-    same = begun is not None and begun["command"][:-2] == run["command"][:-2]   # but for --out: it may move
+    same = command[:-2] == run["command"][:-2]          # but for --out: it may move
     if not same and (results or (run["folder"] / "latest.pt").is_file()):
         raise UserError(f"{run['folder']} holds a run of another command; give another --out, or remove it")
     if not same or not results:
         return None
-    results["versions"] = begun["versions"]
+    results["versions"] = versions
     if run["probes"]:
         results.update(measures(run, results))
     return results
@@ -206,7 +217,24 @@ def finished(run):
 def probed(run):
     """The rows of probe.jsonl that the run's probes have written: {step: row}."""
     rows = read(run["folder"] / "probes.json") or {}
-    return {step: rows[step] for step in run["probes"] if step in rows}
+    return {step: rows[step] for step in run["probes"] if is_row(rows.get(step))}
+
+
+def is_row(row):
+    """Whether this is a row of probe.jsonl that says what is taken from it here."""
+    if not isinstance(row, dict) or row.get("baseline") not in (None, "untrained"):
+        return False
+    numbers = [row.get("value"), row.get("seconds")]
+    return isinstance(row.get("modality"), str) and all(isinstance(x, (int, float)) for x in numbers)
+
+
+def last_row(file):
+    """The last row of a probe.jsonl, None where it is broken."""
+    try:
+        row = json.loads(file.read_bytes().splitlines()[-1])
+    except (ValueError, IndexError):
+        return None
+    return row if is_row(row) else None
 
 
 def missing(run):
@@ -232,6 +260,7 @@ def sizes(folder):
 def step_times(log):
     """(median seconds a step, minutes of all steps) by the rows of a log.jsonl, each of which holds the
     milliseconds of the steps since the row before; of no rows (None, None)."""
+    log = [row for row in log if "ms_step" in row]
     if not log:
         return None, None
     before = -1
@@ -281,7 +310,7 @@ def train(run):
     run["folder"].mkdir(parents=True, exist_ok=True)
     versions = []                                       # of the code, of all that trained it
     if (run["folder"] / "latest.pt").is_file():
-        versions = read(run["folder"] / "command.json")["versions"]
+        _, versions = begun(run)
     versions = list(dict.fromkeys([*versions, code_version()]))
     (run["folder"] / "probes.json").unlink(missing_ok=True)                     # of a training before
     write(run["folder"] / "command.json", {"command": run["command"], "versions": versions})
@@ -294,8 +323,9 @@ def probe_run(run, step):
     before = file.stat().st_size if file.is_file() else 0
     code = launch(run, step)
     if code == 0 and file.is_file() and file.stat().st_size > before:
-        row = json.loads(file.read_text().splitlines()[-1])
-        write(run["folder"] / "probes.json", {**probed(run), step: row})
+        row = last_row(file)
+        if row:
+            write(run["folder"] / "probes.json", {**probed(run), step: row})
     return code
 
 
@@ -359,10 +389,10 @@ def run_all(experiment, jobs):
 # ----------------------------------------------------------------------------------------------------------
 
 def look_up(results, path):
-    """The value at a path (keys with a slash between them), or None."""
+    """The number at a path (keys with a slash between them), or None."""
     for key in path.split("/"):
-        results = (results or {}).get(key)
-    return results
+        results = results.get(key) if isinstance(results, dict) else None
+    return results if isinstance(results, (int, float)) else None
 
 
 def spread(values):
@@ -508,8 +538,8 @@ def write_table(experiment, table, runs, flags, out):
         "title": experiment["title"], "commands": experiment["rows"],
         "flags": [*shlex.split(experiment["flags"]), *flags], "versions": sorted(versions), "rows": table})
     text = markdown(experiment, table)
-    (out / "table.md").write_text(text)
-    draw(experiment, table).savefig(out / "table.png", dpi=110)
+    replace_file(out / "table.md", lambda file: file.write(text.encode()))
+    replace_file(out / "table.png", lambda file: draw(experiment, table).savefig(file, format="png", dpi=110))
     print(f"\n{experiment['title']}\n\n{text}\n{out}/table.md, table.json, table.png")
     if len(versions) > 1:
         print(f"the runs are of different versions of the code: {', '.join(sorted(versions))}")
@@ -530,12 +560,32 @@ def get_args(argv=None):
     add("--dry-run", action="store_true", help="show what is finished and what is left, and run nothing")
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="of each run and its probes: auto, cpu, mps or cuda (default: theirs)")
-    add("--workers", help="of each run and its probes: processes that decode (default: theirs)")
+    add("--workers", type=int, help="of each run and its probes: processes that decode (default: theirs)")
     args, extra = parser.parse_known_args(argv)
     for word in extra:
         if word.split("=")[0] in ("--data", "--fresh", "--resume", "--seed"):
             raise UserError(f"{word}: an experiment decides that itself; leave it out")
+    for seed in args.seeds:
+        check_range("--seeds", seed, 0, 2 ** 31)
+        if args.seeds.count(seed) > 1:
+            raise UserError(f"--seeds: {seed} is given twice, which is one run; give each seed once")
+    check_range("--workers", args.workers or 0, 0, 1024)
+    if args.device is not None:
+        choose_device(args.device)
     return args, extra
+
+
+def check_out(out):
+    """UserError where there is no folder `out` and none can be made."""
+    for place in (out, *out.absolute().parents):
+        try:
+            if not stat.S_ISDIR(place.stat().st_mode):
+                raise UserError(f"--out {out}: cannot be made ({place} is no folder); give another --out")
+            return
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            raise UserError(f"--out {out}: cannot be made ({e.strerror}); give another --out") from None
 
 
 def main(argv=None):
@@ -543,9 +593,10 @@ def main(argv=None):
     given = []
     for flag, value in ("--data-dir", args.data_dir), ("--workers", args.workers), ("--device", args.device):
         if value is not None:
-            given += [flag, value]
+            given += [flag, str(value)]
     experiment = EXPERIMENTS[args.experiment]
     out = Path(args.out or f"runs/{args.experiment}")
+    check_out(out)
     runs = plan(experiment, args.seeds, out, given, extra)
     left = [(run, missing(run)) for run in runs]
     left = [(run, steps) for run, steps in left if steps]
@@ -557,14 +608,15 @@ def main(argv=None):
     if args.dry_run:
         return
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
-    failed = run_all(experiment, jobs)
-    table = tabulate(experiment, runs)
-    if not table:
-        raise UserError(f"no run of {args.experiment} has finished; the reason stands in {out}/*/output.txt")
-    write_table(experiment, table, runs, [*given, *extra], out)
+        failed = run_all(experiment, jobs)
+        table = tabulate(experiment, runs)
+        if not table:
+            raise UserError(f"no run of {args.experiment} has finished; the reason stands in "
+                            f"{out}/*/output.txt")
+        write_table(experiment, table, runs, [*given, *extra], out)
+    except OSError as e:                                # a disk that is full or read-only
+        raise UserError(f"{e.filename or out}: cannot be written ({e.strerror or e}); the same command goes "
+                        "on from what is there") from None
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs did not finish, their rows lack them; the same "
                         "command tries them again")

@@ -9,7 +9,10 @@ Each clip is embedded by one modality at a time.
 """
 import argparse
 import functools
+import os
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +71,16 @@ def recall_in_class(similarity, labels):
 # ----------------------------------------------------------------------------------------------------------
 # Embeddings
 # ----------------------------------------------------------------------------------------------------------
+
+def check_finite(x, names):
+    """UserError where something in x (B, ...), what an encoder says of the clips `names` (B,), is no finite
+    number: it names the first such clip."""
+    bad = ~x.isfinite().flatten(1).all(1)                                           # (B,)
+    if bad.any():
+        raise UserError(f"{names[int(bad.int().argmax())]}: what the encoder says of this clip is no finite "
+                        "number; its weights or the clip must be broken: take another checkpoint, or look at "
+                        "the clip with python data.py --check")
+
 
 def random_views(count, inputs, rng, duration, video=True, audio=True):
     """`count` views at random places of the clip, centre crop (authors' code: 4, averaged)."""
@@ -130,10 +143,14 @@ def embed(encoder, listing, views=4, batch=128, workers=1, process=None, seed=0,
     for clips in data.eval_batches(listing, inputs, plan, size, workers, troubles, label, seed):
         for key in read:
             read[key].append(clips[key])
+        names = [listing.path(i) for i in clips["index"].tolist()]
         clips = data.to_device(clips, process.device)
         for modality in parts:
             x = clips[modality]
-            parts[modality].append(embed_batch(encoder, modality, x, views, embedding, process))
+            pair = embed_batch(encoder, modality, x, views, embedding, process)
+            for z in pair:
+                check_finite(z, names)
+            parts[modality].append(pair)
     z = {}
     for modality, pairs in parts.items():
         queries, candidates = zip(*pairs)
@@ -170,9 +187,9 @@ def choose(listing, clips, seed=0):
     labels counts for the rarest), or a file with an id or a file name in each line."""
     if clips == "all":
         return listing
-    if clips.isdigit() and int(clips) > 0:
+    if re.fullmatch("0*[1-9][0-9]{0,8}", clips, re.ASCII):
         return draw_of_each_class(listing, int(clips), seed)
-    if not Path(clips).is_file():
+    if not os.path.isfile(clips):                       # Path's raises where a name is too long
         raise UserError(f"--clips {clips}: neither 'all', nor a number of clips for each class, nor a file "
                         "with ids")
     return find_ids(listing, clips)
@@ -224,8 +241,9 @@ def evaluate(encoder, listing, views=4, workers=1, process=None, embedding=None,
     z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, embedding=embedding)
     both = read["has_video"] & read["has_audio"]
     index = read["index"][both]
-    if not len(index):
-        raise UserError(f"{listing.name}: no clip has both sound and picture")
+    if len(index) < 2:
+        raise UserError(f"{listing.name}: {len(index)} clips have both sound and picture; retrieval needs at "
+                        "least 2, to have one to search among")
     result = {
         "N": len(index),
         "left_out": len(listing) - len(index),
@@ -248,26 +266,23 @@ def query(encoder, file, folder, top, views, workers, process, embedding=None, s
     those of `similarity`."""
     options = dict(views=views, workers=workers, process=process, seed=seed, embedding=embedding)
 
-    def embed_files(paths, modality):
-        """(queries, candidates, paths) of the files that have the modality."""
-        listing = data.make_listing("query", "", paths, None, [])
-        z, read = embed(encoder, listing, **options)
-        keep = read[f"has_{modality}"]
-        queries, candidates = z[modality]
-        return queries[keep], candidates[keep], [paths[i] for i in read["index"][keep]]
-
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         raise UserError(f"--query {file}: there is no such file")
-    listing = data.list_clips("folder", folder, split="all")
-    clip = data.read_clip(file, 0.0, 1.0, 1, 16, 16000)
-    asks = "audio" if clip["has_audio"] else "video"
-    asked, _, _ = embed_files([str(file)], asks)
-    searched = [listing.path(i) for i in range(len(listing))]
-    _, candidates, paths = embed_files(searched, OTHER[asks])
-    if not paths:
+    if not os.path.isdir(folder):
+        raise UserError(f"--folder {folder}: there is no such folder")
+    asked = data.make_listing(f"--query {file}", "", [str(file)], None, [])
+    searched = replace(data.list_clips("folder", folder, split="all"), name=f"--folder {folder}")
+    z, read = embed(encoder, asked, **options)
+    asks = "audio" if read["has_audio"][0] else "video"
+    queries, _ = z[asks]
+    z, read = embed(encoder, searched, **options)
+    has = read[f"has_{OTHER[asks]}"]
+    if not has.any():
         lacks = "a picture" if asks == "audio" else "sound"
         raise UserError(f"--folder {folder}: no clip in it has {lacks} to compare with")
-    scores = similarity(asked, candidates, choose_embedding(encoder, embedding))[0].tolist()
+    _, candidates = z[OTHER[asks]]
+    paths = [searched.path(i) for i in read["index"][has].tolist()]
+    scores = similarity(queries, candidates[has], choose_embedding(encoder, embedding))[0].tolist()
     best = sorted(zip(scores, paths), reverse=True)[:top]
     return asks, best, len(searched) - len(paths)
 

@@ -76,10 +76,7 @@ def folder_of(args):
 def write(args, name, fill):
     """fill(file) a file of that name; whoever is killed leaves the old one. Returns its path."""
     path = folder_of(args) / name
-    try:
-        run.replace_file(path, fill)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); give another --out") from None
+    probe.write_file(path, fill, "give another --out")
     return path
 
 
@@ -336,13 +333,15 @@ class Film:
         self.container.mux(self.sound.encode(None))
 
 
-def write_film(path, out, moments, maps, crop, text):
-    """The clip `path` as an mp4 with its sound: the picture, and beside it the picture lit by each of the
-    maps, which move with it. moments (M,): seconds, increasing; maps [(M, H, W)] in 0..1 at these; crop:
-    the side of the square in the middle that they cover, as a share of the short side."""
+def write_film(path, file, moments, maps, crop, text):
+    """The clip `path` as an mp4 with its sound, into an open file: the picture, and beside it the picture
+    lit by each of the maps, which move with it. moments (M,): seconds, increasing; maps [(M, H, W)] in 0..1
+    at these; crop: the side of the square in the middle that they cover, as a share of the short side."""
     look = "{l_bar}{bar}| {n:.1f}/{total:.1f} s [{elapsed}]"
     reformatter = av.video.reformatter.VideoReformatter()
-    with data.open_clip(path) as clip, av.open(os.path.abspath(out), "w", format="mp4") as container:
+    with data.open_clip(path) as clip, av.open(file, "w", format="mp4") as container:
+        clip.budget = math.inf                          # to write a film takes longer than a clip may cost
+        aspect = data.pixel_aspect(clip.video)
         film = Film(container, clip.video, clip.audio, text)
         bar = tqdm(total=clip.seconds, desc="film", bar_format=look)
         for stream, frame in clip.frames((clip.video, clip.audio)):
@@ -350,7 +349,7 @@ def write_film(path, out, moments, maps, crop, text):
             if stream.type == "audio":
                 film.add_sound(frame, now)
                 continue
-            tiles = lit_tiles(frame, now, moments, maps, crop, reformatter)
+            tiles = lit_tiles(frame, now, moments, maps, crop, reformatter, aspect)
             film.add_picture(np.concatenate(tiles, 1), now)
             bar.update(max(0, min(now, bar.total) - bar.n))
         bar.close()
@@ -364,14 +363,14 @@ def at_time(maps, moments, now):
     return np.reshape(values, maps.shape[1:])
 
 
-def lit_tiles(frame, now, moments, maps, crop, reformatter):
+def lit_tiles(frame, now, moments, maps, crop, reformatter, aspect=1.0):
     """A decoded frame, and the same lit by each of the maps at its time: a list of (H, W, 3) uint8 of even
-    sides. As write_film."""
-    small = min(frame.width, frame.height)
-    large = max(frame.width, frame.height)
-    widest = 4000 * small // (large * (len(maps) + 1))  # a film of at most some 4,000 pixels
-    size = min(480, max(240, small), widest)
-    image = data.picture(frame, max(16, size), reformatter) / np.float32(255)
+    sides. As write_film; aspect: of a pixel."""
+    small = min(frame.width * aspect, frame.height)
+    large = max(frame.width * aspect, frame.height)
+    widest = 4000 * small / (large * (len(maps) + 1))   # a film of at most some 4,000 pixels
+    size = int(min(480, max(240, small), widest))
+    image = data.picture(frame, max(16, size), reformatter, aspect) / np.float32(255)
     height = image.shape[0] // 2 * 2
     width = image.shape[1] // 2 * 2
     image = image[:height, :width]
@@ -396,6 +395,7 @@ def attend(encoder, views, args, process):
         video = views["video"][n:n + 1].to(process.device)
         audio = views["audio"][n:n + 1].to(process.device)
         to_video, to_audio = cross_attention(encoder.vit, video, audio, args.layer)
+        retrieval.check_finite(to_video, [args.clip])
         seen.append(to_video.cpu())
         heard.append(to_audio.cpu())
     seen = torch.cat(seen).numpy()                      # (V, heads, T, H, W)
@@ -406,7 +406,7 @@ def attend(encoder, views, args, process):
 
 
 def film_attention(args, encoder, spans, maps, film, text):
-    """Write the film of a clip, under a temporary name until it is whole."""
+    """Write the film of a clip."""
     inputs = data.Inputs(**encoder.inputs)
     length = encoder.vit.grids["video"][0]
     moments = []                                        # seconds, the middles of the tubelets of each view
@@ -417,20 +417,18 @@ def film_attention(args, encoder, spans, maps, film, text):
     for _, seen, _ in maps:
         heat = seen.reshape(-1, *seen.shape[2:])
         heats.append(heat[order] / seen.max())
-    part = film.with_name(film.name + ".part")
+    moments = np.array(moments)[order]
+    crop = inputs.size / inputs.resize
     try:
-        write_film(args.clip, part, np.array(moments)[order], heats, inputs.size / inputs.resize, text)
-        part.replace(film)
+        run.replace_file(film, lambda file: write_film(args.clip, file, moments, heats, crop, text))
     except (av.error.FFmpegError, OSError, ValueError) as e:
         raise UserError(f"{film}: the film could not be made ({e})") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def attention_of_clip(args, encoder, process):
     """attention --clip: the picture of the clip's middle view, and the film of all of it."""
     clip = Path(args.clip)
-    if not clip.is_file():
+    if not os.path.isfile(clip):
         raise UserError(f"--clip {clip}: there is no such file")
     views, spans = whole_clip(clip, data.Inputs(**encoder.inputs))
     for key, lack in (("video", "picture"), ("audio", "sound")):
@@ -521,6 +519,7 @@ def toy_maps(args, encoders, process, workers):
         batch = data.to_device(batch, process.device)
         for name, encoder in encoders.items():
             seen, _ = cross_attention(encoder.vit, batch["video"], batch["audio"], args.layer)
+            retrieval.check_finite(seen, [listing.path(i) for i in batch["index"].tolist()])
             maps[name].append(seen.cpu())
     return {name: torch.cat(parts).numpy() for name, parts in maps.items()}, index
 
@@ -844,6 +843,7 @@ def embed_clips(encoder, listing, inputs, modalities, embedding, process, worker
             z = z.float()                                                       # (B, D)
             if embedding == "projected":
                 z = encoder.projector(z)
+                retrieval.check_finite(z, probe.names_of(listing, part))
             parts[m].append(z.cpu())
     if len(index) < 5:
         raise UserError(f"{listing.name}: {len(index)} clips have all that {' and '.join(modalities)} needs; "
@@ -958,12 +958,19 @@ def map_clips(args, encoder, process, workers):
 # Curves
 # ----------------------------------------------------------------------------------------------------------
 
+def numbers(row):
+    """What of a row of the log can be drawn."""
+    return {key: value for key, value in row.items() if value is None or isinstance(value, (int, float))}
+
+
 def curves(args):
     """visualize.py curves: several runs in one picture, which goes into the folder of the first."""
     runs = {}
     for folder in dict.fromkeys(args.runs):
-        rows = [row for row in run.read_log(folder) if isinstance(row, dict)]
-        rows = [row for row in rows if isinstance(row.get("step"), int)]
+        rows = []
+        if os.path.isdir(folder):
+            rows = [row for row in run.read_log(folder) if isinstance(row, dict)]
+            rows = [numbers(row) for row in rows if isinstance(row.get("step"), int)]
         if not any(set(row) - {"step"} for row in rows):
             raise UserError(f"{folder}: has no log.jsonl with a row in it; give the folder of a run")
         label = f"{folder}, step {rows[-1]['step'] + 1:,}"

@@ -1,6 +1,7 @@
 """Measures, heads and retrieval say what they mean; which head, rates and views a probe takes."""
 import functools
 import json
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import common
 import data
 import probe
 import retrieval
-from conftest import CPU, INPUTS, METHOD, fails, names, write_checkpoint
+from conftest import CPU, INPUTS, METHOD, fails, names, tone, write, write_checkpoint
 from slow import random
 
 BOTH = ("a->v", "v->a", "a->av")
@@ -263,12 +264,54 @@ def test_a_query_lists_its_best_matches_by_negative_distances(toy, tmp_path, cap
     ("", "give either"), ("--data toy --query x.wav", "give either"),
     ("--data toy --views 0", "out of range"),
     ("--data esc50", "--data esc50 has no pictures; retrieval needs both"),
-    ("--data toy --data-dir TOY --clips 0", "neither 'all', nor a number"),
+    *[(f"--data toy --data-dir TOY --clips {word}", f"--clips {word}.*: neither 'all', nor a number")
+      for word in ("0", "²", "-1", "nan", "1e3", 5000 * "9")],
+    ("--data toy --views -1", "--views -1 is out of range"),
+    ("--data toy --top 0", "--top 0 is out of range"),
+    ("--data toy --seed -1", "--seed -1 is out of range"),
+    ("--query TOY/test/00000.mp4 --folder nowhere", "--folder nowhere: there is no such folder"),
+    ("--query TOY/test/00000.mp4 --folder EMPTY", "EMPTY"),
+    ("--query TOY/world.json --folder TOY", "--query TOY/world.json: no readable clip"),
+    ("--query TOY/test --folder TOY", "--query TOY/test: there is no such file"),
+    ("--data folder --data-dir ALONE --clips all", "1 clips have both sound and picture; .* at least 2"),
     ("--data toy --data-dir TOY --embedding projected", "has no projector"),
     ("--query x.wav --folder .", "there is no such file")])
 def test_bad_input_to_retrieval_ends_in_one_sentence(more, sentence, toy, tmp_path):
-    words = f"--ckpt {write_checkpoint(tmp_path)} --device cpu {more}".replace("TOY", str(toy))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "alone").mkdir()
+    shutil.copy(toy / "test" / "00000.mp4", tmp_path / "alone")
+    for name, folder in (("TOY", toy), ("EMPTY", tmp_path / "empty"), ("ALONE", tmp_path / "alone")):
+        more = more.replace(name, str(folder))
+        sentence = sentence.replace(name, str(folder))
+    words = f"--ckpt {write_checkpoint(tmp_path)} --device cpu --workers 0 {more}"
     fails(retrieval.main, words.split(), match=sentence)
+
+
+@pytest.mark.parametrize("more", ["--data toy --clips all", "--query TOY/test/00001.mp4 --folder TOY/test"])
+@pytest.mark.parametrize("which, embedding", [("target", "encoder"), ("target", "predicted"),
+                                              ("cross.a->v", "predicted"), ("projector", "projected")])
+def test_weights_that_are_no_numbers_find_nothing(which, embedding, more, toy, tmp_path):
+    parts = dict(projector=(16, 8)) if which == "projector" else dict(cross=BOTH)
+    content = common.load_checkpoint(write_checkpoint(tmp_path, **parts))
+    for name, weight in content["model"].items():
+        if name.startswith(which) and weight.is_floating_point():
+            weight.fill_(float("nan"))
+    torch.save(content, tmp_path / "latest.pt")
+    words = f"--ckpt {tmp_path} --data-dir {toy} {more} --embedding {embedding} --views 1 --workers 0"
+    if "--query" in more:
+        words = words.replace(f"--data-dir {toy}", "")
+    sentence = r"\.mp4: what the encoder says of this clip is no finite number"
+    fails(retrieval.main, words.replace("TOY", str(toy)).split(), match=sentence)
+    assert not (tmp_path / "retrieval.jsonl").exists()
+
+
+def test_a_file_whose_sound_begins_late_is_asked_by_its_sound(toy, tmp_path):
+    silence = np.zeros(16000 * 4)
+    silence[40000:] = tone(500, 1.5)
+    write(tmp_path / "late.wav", wave=silence, audio="pcm_s16le")
+    encoder = common.load_encoder(write_checkpoint(tmp_path))
+    asks, best, left_out = retrieval.query(encoder, tmp_path / "late.wav", toy / "test", 3, 2, 0, CPU)
+    assert (asks, len(best), left_out) == ("audio", 3, 0)
 
 
 # ---- which head, which rates, which views --------------------------------------------------------------

@@ -1,6 +1,8 @@
 """probe.py: which clips train, choose and test; fine-tuning; layers, features in a file; its flags."""
+import contextlib
 import functools
 import itertools
+import resource
 import shutil
 import sys
 from dataclasses import replace
@@ -91,6 +93,18 @@ def probed(run_folder, *more):
     return last_row(run_folder)
 
 
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can be larger than `size` bytes, as on a disk that is full. Needs capsys: else what is printed
+    is such a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 QUICK = ("--epochs", 1, "--batch-size", 8)
 
 
@@ -119,6 +133,91 @@ def test_a_cached_head_never_trains_on_official_validation_clips(tones):
     assert len(inner) == 20 and listing.held[index[held]].all()
     result = probe.probe_cached("linear", x, y, x[inner], y[inner], 3, (1e-2,), 30, 8, 0, split=split)
     assert result["value"] == 100
+
+
+def listing_of(*labels, **more):
+    """A set of clips of the classes a to h, each named by its letters."""
+    rows = [["abcdefgh".index(letter) for letter in word] for word in labels]
+    return data.make_listing("made-up", "", ["x.wav"] * len(rows), rows, "abcdefgh", **more)
+
+
+many = functools.partial(listing_of, multilabel=True)
+NOTHING_TO_SAY = {
+    "all 3 training clips are of a, which any head says": (listing_of(*"aaa"), listing_of(*"ab")),
+    r"no class has both training clips \(a, b\) and test clips \(c\)": (listing_of(*"aab"), listing_of("c")),
+    "its training clips have no labels": (listing_of(), listing_of(*"a")),
+    "its test clips have no labels": (many("a", "ab"), many("", "")),
+    "all 2 training clips are of a, b, c, d, e and 1 more": (many("abcdef", "abcdef"), many("a", "b")),
+    r"no class has both training clips \(a, b\)": (many("a", "b", ""), many("c", "")),
+    "all 2 test clips are of a, so that any ranking is right": (many("a", "b", "ab"), many("ac", "a"))}
+
+
+@pytest.mark.parametrize("sentence", NOTHING_TO_SAY)
+def test_a_set_whose_score_would_say_nothing_is_refused(sentence):
+    def check(train, test):
+        probe.check_classes(probe.labelled(train, "training"), probe.labelled(test, "test"))
+
+    fails(check, *NOTHING_TO_SAY[sentence], match=f"^made-up: {sentence}.*; .*(needs|put)")
+
+
+def test_a_class_that_is_trained_or_tested_alone_is_counted_and_named_at_most_five(capsys):
+    assert probe.check_classes(listing_of(*"abcdefgg"), listing_of(*"aah")) == dict(untrained=1, untested=6)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("made-up: 1 classes have no training clips") and first.endswith("as wrong: h")
+    assert second.startswith("made-up: 6 classes have no test clips")
+    assert second.endswith("nothing of them: b, c, d, e, f and 1 more")
+    assert probe.check_classes(many("a", "b", ""), many("ab", "")) == dict(untrained=0, untested=0)
+    held = listing_of(*"aabbc", held=np.array([0, 0, 0, 0, 1], bool))       # c: nothing to train on
+    assert probe.check_classes(held, listing_of(*"abc")) == dict(untrained=1, untested=0)
+    assert capsys.readouterr().out.endswith("count as wrong: c\n")
+    folds = listing_of(*"aabbcc", fold=np.array([0, 1, 0, 1, 0, 0], np.int8))
+    assert probe.check_classes(folds, folds) == dict(untrained=1, untested=1)
+    assert capsys.readouterr().out.count("in one fold or another") == 2
+    alone = listing_of(*"aab", fold=np.array([0, 0, 1], np.int8))
+    fails(probe.check_classes, alone, alone, match="made-up, fold 0: all 1 training clips are of b")
+
+
+def test_clips_without_a_label_are_left_out_but_say_something_where_a_clip_may_have_several(capsys):
+    kept = probe.labelled(listing_of("a", "", "b"), "test")
+    assert kept.targets(range(len(kept))).tolist() == [0, 1]
+    assert capsys.readouterr().out == "made-up: 1 test clips have no label and are left out\n"
+    assert len(probe.labelled(many("a", "", "b"), "test")) == 3
+
+
+@pytest.mark.parametrize("kind", ["linear", "finetune"])
+def test_what_does_not_decode_may_leave_a_set_that_says_nothing(kind, ears, tones, tmp_path):
+    for split, name in itertools.product(("train", "test"), ("high", "low")):
+        shutil.copytree(tones / split / name, tmp_path / split / name)
+    (tmp_path / "test" / "low").rename(tmp_path / "test" / "none")
+    for file in (tmp_path / "test" / "high").iterdir():
+        file.write_bytes(b"garbage")
+    sentence = "no class has both training clips .*high, low.* and test clips .*none"
+    fails(start, ears, "folder", tmp_path, *QUICK, "--lr", 1e-3, "--probe", kind, match=sentence)
+
+
+@pytest.fixture(scope="session")
+def half_silent(tmp_path_factory):
+    """Clips of two classes, four of each to train and two to test; of each class and split one is silent."""
+    folder = tmp_path_factory.mktemp("silent")
+    for split, count in (("train", 4), ("test", 2)):
+        for name, n in itertools.product(("high", "low"), range(count)):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            frames = np.full((10, 16, 16, 3), 40 * n, np.uint8)
+            wave = tone(TONES[name], 1) if n else None
+            write(folder / split / name / f"{n}.mp4", frames, wave, fps=10)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [("linear",), ("attentive", "--cache-gb", 0), ("finetune",)])
+def test_a_clip_that_lacks_a_stream_neither_trains_nor_tests(flags, both, half_silent, monkeypatch, capsys):
+    losses = record(monkeypatch, probe, "loss_of")
+    row = probed(both, "folder", half_silent, *QUICK, "--lr", 1e-3, "--probe", *flags)
+    assert (row["N"], row["left_out"], row["untested"]) == (2, 2, 0)
+    trained = max(len(targets) for (_, targets, *_), _ in losses)
+    assert trained == (5 if flags[0] == "linear" else 6)    # a cached probe holds out a tenth
+    shown = capsys.readouterr().out
+    for split, name in itertools.product(("train", "test"), ("high", "low")):
+        assert shown.count(f"{split}/{name}/0.mp4: has no video or no audio") == 1
 
 
 @pytest.mark.parametrize("more", [("finetune",), ("attentive", "--cache-gb", 0)])
@@ -306,6 +405,49 @@ def test_clips_that_lack_a_stream_are_left_out_of_the_features(both, clips, tmp_
     assert "(4 left out)" in capsys.readouterr().out
 
 
+def test_features_that_do_not_fit_on_the_disk_leave_the_older_file_whole(ears, tones, tmp_path, capsys):
+    out = tmp_path / "f.npz"
+    features(ears, "folder", tones, out)
+    before = out.read_bytes()
+    words = ("--save-features", out, "--patch-level")
+    with full_disk(out.stat().st_size + 1000):
+        fails(start, ears, "folder", tones, *words, match="f.npz: cannot be written .*; give --save-features")
+    assert out.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["f.npz"]
+
+
+@pytest.mark.parametrize("flags", [
+    "--probe linear", "--probe attentive", "--probe attentive --cache-gb 0", "--probe finetune",
+    "--save-features f.npz", "--save-features f.npz --patch-level"])
+def test_an_encoder_whose_weights_are_no_numbers_has_no_score_and_no_features(
+        flags, ears, tones, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = common.load_checkpoint(ears)
+    content["model"]["target_encoder.blocks.1.fc1.weight"][0, 0] = float("nan")
+    torch.save(content, "latest.pt")
+    sentence = r"\.wav: what the encoder says of this clip is no finite number; .* take another checkpoint"
+    fails(start, ".", "folder", tones, *flags.split(), match=sentence)
+    assert [file.name for file in tmp_path.iterdir()] == ["latest.pt"]
+
+
+def test_a_head_that_was_lost_to_its_learning_rate_is_neither_chosen_nor_tested(monkeypatch):
+    x = torch.randn(40, 1, 8)
+    y = torch.arange(40) % 2
+    x[:, 0, 0] += 4 * y
+    real = probe.predict
+    lost = 2 * [True]
+
+    def predict(head, *more):
+        scores = real(head, *more)
+        return scores * float("nan") if lost and lost.pop() else scores
+
+    monkeypatch.setattr(probe, "predict", predict)
+    fit = functools.partial(probe.probe_cached, "linear", x, y, x, y, 2)
+    lost = [False, False, True]                             # the first of two, when they are compared
+    assert fit((1e-3, 1e-2), 50, 8, 0)["lr"] == 1e-2
+    lost = [True, False]                                    # the only one, when it is tested
+    fails(fit, (1e-2,), 50, 8, 0, match="scores of the test clips are not finite numbers.*; lower --lr")
+
+
 # ---- the command line ----------------------------------------------------------------------------------
 
 def test_the_flags_that_a_newcomer_gives_suffice(ears, tones, tmp_path, monkeypatch):
@@ -336,17 +478,38 @@ REFUSED = """
 --probe attentive --head linear | --head linear reads no tokens
 --probe finetune --lr 1 2 | fine-tuning takes one learning rate
 --lr 1 -1 | --lr -1.0 is out of range
+--lr 0 | --lr 0.0 is out of range
+--lr nan | --lr nan is out of range
+--lr 1e-3 inf | --lr inf is out of range
+--cache-gb nan --probe attentive | --cache-gb nan is out of range
+--views -1 | --views -1 is out of range
+--seed -1 | --seed -1 is out of range
+--seed 99999999999999999999 | --seed 99999999999999999999 is out of range
+--layers -1 | --layers -1 is out of range
 --seconds 0 | out of range
 --regularised-masking 2 | out of range
 --save-features nowhere/f.npz | its folder does not exist
 --save-features . | a folder itself
+--save-features LONG | LONG: cannot be written .*; give --save-features another place
 --ckpt nowhere | no such checkpoint
+--ckpt TONES | latest.pt: there is no such checkpoint; give a run's folder or its latest.pt
 --data one-fold | 0 training clips; a probe needs at least 3, outside of each fold
 --data nothing | --data nothing: not a data set; one of toy,
 --data-dir TONES/train/low | a probe needs labels""".strip().splitlines()
 
 
+WORDS = ["--lr ²", "--epochs 1e3", "--views ²", "--seed 1.5", "--layers ²", "--crops 2"]
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_what_is_no_such_number_is_refused_by_the_parser(words, ears, tones, capsys):
+    with pytest.raises(SystemExit) as end:
+        start(ears, "folder", tones, *words.split())
+    assert end.value.code == 2 and f"error: argument {words.split()[0]}: invalid" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line", REFUSED)
 def test_bad_input_is_one_sentence(line, ears, tones):
-    more, sentence = line.replace("TONES", str(tones)).split(" | ")
+    line = line.replace("TONES", str(tones)).replace("LONG", 300 * "x")
+    more, sentence = line.split(" | ")
     fails(start, ears, "folder", tones, *more.split(), match=sentence)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fails, weights, write_checkpoint
+from test_probe import full_disk
 
 import common
 import data
@@ -46,7 +47,10 @@ folder, broken = pathlib.Path(flags["--ckpt"]), here / "broken.txt"
 with open(here / "order.txt", "a") as f: f.write(f"{folder.name}:{key}:{baseline}\\n")
 if broken.is_file() and broken.read_text() == key: sys.exit("this probe is broken")
 row = {"modality": key, "baseline": baseline, "value": 40.0 if baseline else 80.0, "seconds": 30}
-with open(folder / "probe.jsonl", "a") as f: f.write(json.dumps(row) + "\\n")
+line = json.dumps(row).encode()
+odd = here / "line.txt"
+if odd.is_file() and (key, baseline) == ("video", None): line = odd.read_bytes()
+with open(folder / "probe.jsonl", "ab") as f: f.write(line + b"\\n")
 """
 BOTH = ["ten-seed0", "twenty-and-more-seed0"]
 
@@ -118,7 +122,7 @@ def test_a_row_that_lacks_a_column_has_a_dash_in_the_table_and_no_bar_in_the_pic
 def test_what_is_finished_is_skipped_and_what_is_missing_or_cut_off_is_run(start, tmp_path, capsys):
     assert start() == BOTH
     assert "| ten | 10.0 | 0 |" in table(tmp_path)[0]                   # one seed has no spread
-    assert start(seeds="0 2 2") == ["ten-seed2", "twenty-and-more-seed2"]
+    assert start(seeds="0 2") == ["ten-seed2", "twenty-and-more-seed2"]
     assert "2 of 4 runs finished" in capsys.readouterr().out
     assert list(table(tmp_path)[1]["ten"]["audio"]["values"]) == ["0", "2"]
     (tmp_path / "out/ten-seed0/results.json").write_text('{"trained": {"aud')
@@ -154,9 +158,79 @@ def test_a_row_keeps_its_own_flags_and_a_folder_may_move(start, tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     (["--fresh"], "decides that itself"), (["--data=folder"], "decides that itself"),
-    (["--seed", "3"], "decides that itself"), (["--out", __file__], "cannot be made")])
-def test_what_an_experiment_cannot_take_is_refused(flags, says):
-    fails(reproduce.main, ["masking", *flags], match=says)
+    (["--seed", "3"], "decides that itself"),
+    (["--out", __file__], "cannot be made .*; give another --out"),
+    (["--out", f"{__file__}/x"], "cannot be made"), (["--out", 300 * "x"], "cannot be made"),
+    (["--seeds", "-1"], "--seeds -1 is out of range"), (["--seeds", "0", "99999999999"], "out of range"),
+    (["--seeds", "0", "1", "0"], "--seeds: 0 is given twice"),
+    (["--workers", "-1"], "--workers -1 is out of range"), (["--device", "gpu"], "--device gpu")])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_an_experiment_cannot_take_is_refused_before_a_run_begins(
+        flags, says, dry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "launch", None)
+    fails(reproduce.main, ["masking", *dry, *flags], match=says)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--seeds", "²"], ["--seeds", "nan"], ["--seeds"], ["--workers", "two"]])
+def test_what_is_no_number_is_refused_by_the_parser(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        reproduce.main(["masking", *flags])
+    assert end.value.code == 2 and f"error: argument {flags[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [
+    b"", b"[1]", b'{"modality": "video"}', b"\xff",
+    b'{"modality": "video", "baseline": [], "value": 1, "seconds": 1}',
+    b'{"modality": "video", "baseline": null, "value": "1", "seconds": 1}'])
+def test_only_a_whole_row_of_a_probe_counts(line, tmp_path):
+    file = tmp_path / "probe.jsonl"
+    row = {"modality": "video", "baseline": None, "value": 80.0, "seconds": 30}
+    file.write_bytes(line + b"\n" + json.dumps(row).encode() + b"\n")
+    assert reproduce.last_row(file) == row
+    file.write_bytes(json.dumps(row).encode() + b"\n" + line + b"\n")
+    assert reproduce.last_row(file) is None
+
+
+def test_a_broken_row_of_a_probe_is_a_probe_that_is_missing(start, tmp_path, capsys):
+    (tmp_path / "line.txt").write_text('{"modality": "video", "value": 8')
+    fails(start, name="methods", match="1 of 2 runs did not finish")
+    shown = capsys.readouterr().out
+    assert "attentive probe, video, trained was stopped before its end" in shown
+    assert "| attentive probe, audio + video | – | 80.0 |" in shown
+    (tmp_path / "line.txt").unlink()
+    assert start(name="methods") == [f"{BOTH[1]}:video:None"]
+
+
+def test_broken_files_of_a_run_are_as_good_as_none(start, tmp_path):
+    start(name="methods")
+    ten, twenty = [tmp_path / "out" / name for name in BOTH]
+    (ten / "probes.json").write_text('{"a": 1, "' + reproduce.attentive("audio")[0] + '": [1]}')
+    assert start(name="methods") == [f"{BOTH[0]}:audio:None", f"{BOTH[0]}:audio:untrained"]
+    results = json.loads((twenty / "results.json").read_text())
+    results.update(trained=[1], untrained={"audio": "5"})
+    (twenty / "results.json").write_text(json.dumps(results))
+    with open(twenty / "log.jsonl", "a") as f:
+        f.write('{"step": 9}\n')
+    assert start(name="methods") == []
+    assert "| linear probe, audio | 10.0 | – |" in table(tmp_path)[0]
+    for content in ('{"command": 3}', "[]", '{"command": ["x"], "versions": null}'):
+        (ten / "command.json").write_text(content)
+        fails(start, name="methods", match="holds a run of another command; give another --out, or remove it")
+
+
+def test_a_full_disk_is_a_sentence_and_the_older_table_stays_whole(start, tmp_path, capsys):
+    start()
+    files = [tmp_path / "out" / name for name in ("table.json", "table.md", "table.png")]
+    before = [file.read_bytes() for file in files]
+    with full_disk(60):                                 # less than any of the three
+        fails(start, match="out.*: cannot be written .*File too large.*; the same command goes on")
+    assert before == [file.read_bytes() for file in files]
+    (tmp_path / "out" / "ten-seed4").touch()            # where a folder has to be
+    fails(start, seeds="0 4", match="ten-seed4: cannot be written .*File exists")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        *BOTH, "ten-seed4", *(file.name for file in files)}
 
 
 @pytest.mark.parametrize("name", reproduce.EXPERIMENTS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RATES, fails, last_row, numbered, read_number, tone, write
+from test_probe import full_disk
 
 import common
 import data
@@ -225,10 +226,25 @@ def test_the_film_is_lit_where_and_when_the_encoder_attends(runs, tmp_path, figu
     lit = read_film(out[1])[1][:, -240:, 320:].mean(-1)[:, 24:216, 64:256]      # the crop of .8
     peaks = {5: (1, 0), 15: (2, 0), 25: (1, 1), 29: (1, 2), 35: (2, 1), 39: (2, 2)}     # ten frames a second
     assert {frame: np.unravel_index(cells(lit[frame]).argmax(), (4, 4)) for frame in peaks} == peaks
-    monkeypatch.setattr(visualize, "write_film", lambda clip, part, *more: (part.touch(), open(tmp_path)))
+    monkeypatch.setattr(visualize, "write_film", lambda *given: open(tmp_path))
     argv = words("attention", runs["plain"], tmp_path, "--clip", clip)
     fails(visualize.main, argv, match="attention-long.mp4: the film could not be made")
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("what", ["attention", "pca", "map"])
+def test_a_full_disk_leaves_no_half_of_a_file(what, runs, toy, clips, tmp_path, monkeypatch, capsys):
+    more = ["--clip", clips / "good.mp4"] if what == "attention" else []
+    argv = words(what, runs["cls"], tmp_path, *more, toy=None if more else toy)
+    with full_disk(500):
+        fails(visualize.main, argv, match="cannot be written .*File too large.*; give another --out")
+    assert not list(tmp_path.iterdir())
+    if what == "attention":
+        monkeypatch.setattr(visualize, "save", lambda *given: "")           # the film is the smaller one
+        for size in (500, 20000):
+            with full_disk(size):
+                fails(visualize.main, argv, match="attention-good.mp4: the film could not be made")
+            assert not list(tmp_path.iterdir())
 
 
 def test_the_patches_that_an_object_touches_equal_a_slow_loop():
@@ -434,7 +450,8 @@ def test_curves_of_several_runs_are_named_and_told_apart_without_colour(runs, tm
     for folder, log in zip(folders, logs):
         folder.mkdir()
         rows = [json.dumps({"step": 10 * n, **log}) for n in range(4)]
-        (folder / "log.jsonl").write_text("\n".join(rows) + '\n[]\n{"loss": 1}\n')
+        odd = '{"step": 0, "loss": null, "name": "a", "sigreg": [1]}\n[]\n{"loss": 1}\n'
+        (folder / "log.jsonl").write_text(odd + "\n".join(rows) + "\n" + odd.split("\n", 1)[1])
     shutil.copy(runs["plain"] / "latest.pt", folders[0])
     visualize.main(["curves", *map(str, folders)])
     visualize.main(["curves", str(folders[0]), "--out", str(tmp_path / "new")])
@@ -492,7 +509,28 @@ map plain --data esc50 --pairs | --data esc50 has no pictures; --pairs needs bot
 map plain WORLD --pairs --modality audio | leave --modality out
 map plain WORLD --groups GROUPS | the set has no class 'a dog'
 map plain WORLD --clips 4 | toy: 4 held-out clips; a map needs at least 5
-curves plain | has no log.jsonl with a row in it""".strip().splitlines()
+attention plain CLIP --layer -2 | --layer -2 is out of range: from -1 to 3
+pca plain WORLD --clips -1 | --clips -1 is out of range
+pca plain WORLD --clips 99999999999 | --clips 99999999999 is out of range
+map plain WORLD --seed -1 | --seed -1 is out of range
+map plain WORLD --out GROUPS | groups.csv: cannot be made
+attention broken CLIP | good.mp4: what the encoder says of this clip is no finite number
+attention broken WORLD | 00000.mp4: what the encoder says of this clip is no finite number
+pca broken WORLD | .mp4: what the encoder says of this clip is no finite number
+map broken WORLD | 00000.mp4: what the encoder says of this clip is no finite number
+map broken-projector WORLD --embedding projected | 00000.mp4: what the encoder says of this clip is no finite
+curves plain | has no log.jsonl with a row in it
+curves LONG | has no log.jsonl with a row in it""".strip().splitlines()
+
+
+def break_weights(run_folder, folder, which):
+    """A copy of a checkpoint with a weight that is no number. Returns its folder."""
+    content = common.load_checkpoint(run_folder)
+    name = next(name for name in content["model"] if name.startswith(which) and name.endswith("weight"))
+    content["model"][name].view(-1)[0] = math.nan
+    (folder / "broken").mkdir()
+    torch.save(content, folder / "broken" / "latest.pt")
+    return folder / "broken"
 
 
 @pytest.mark.parametrize("line", REFUSED)
@@ -503,7 +541,10 @@ def test_bad_input_ends_in_a_sentence_and_writes_nothing(runs, toy, clips, tmp_p
                         ("CLIPS", clips), ("TOY", toy), ("GROUPS", tmp_path / "groups.csv")):
         line = f"{line} ".replace(name, str(value))
     what, method, *more = line.split()
-    folder = str(runs[method])
+    if method.startswith("broken"):
+        which = "projector" if "projector" in method else "teacher"
+        runs = {**runs, method: break_weights(runs["cls"], tmp_path, which)}
+    folder = str(runs.get(method, 300 * "x"))
     argv = ["curves", folder] if what == "curves" else [what, "--ckpt", folder, "--workers", "0", *more]
     there = [sorted(folder.rglob("*")) for folder in (*runs.values(), tmp_path, clips, toy)]
     assert sentence in fails(visualize.main, argv)

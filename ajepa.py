@@ -223,11 +223,11 @@ def count_range(total, hidden):
     return math.ceil(hidden[0] * total - 1e-6), math.floor(hidden[1] * total + 1e-6)
 
 
-def draw_masks(seed, step, rank, batch, grids, recipe, steps=None):
+def draw_masks(seed, step, places, grids, recipe, steps=None):
     """Which patches are visible and which are targets: [{"a": (context (B, C), target (B, M))}], indices. A
-    pure function of (seed, step, rank, clip). How many are hidden is drawn from (seed, step), the same for
-    all clips and ranks; each clip meets it by single random patches. steps: of the run, which say where the
-    curriculum stands; None: at its end."""
+    pure function of (seed, step, place). places: of the clips in the step's batch over all processes. How
+    many are hidden is drawn from (seed, step), the same for all clips; each meets it by single random
+    patches. steps: of the run, which say where the curriculum stands; None: at its end."""
     grid = grids["audio"]
     masking = recipe["masking"]
     total = math.prod(grid)
@@ -260,8 +260,8 @@ def draw_masks(seed, step, rank, batch, grids, recipe, steps=None):
         num_hidden = num_targets = min(max(1, num_hidden), total - 1)
     contexts = []
     targets = []
-    for clip in range(batch):
-        rng = np.random.default_rng((seed, step, rank, 1 + clip))
+    for place in places:
+        rng = np.random.default_rng((seed, step, 0, 1 + place))
         if masking == "curriculum":
             drawn, lacks = hide_curriculum_near(rng, num_hidden, near, *law)
         else:
@@ -403,8 +403,8 @@ def main(argv=None):
     run.resume(model, optimizer)
     inputs = run.normalise(inputs)
     plan = functools.partial(plan_views, seconds=recipe["seconds"])
-    draw = functools.partial(draw_masks, args.seed, rank=run.rank, batch=run.batch, grids=model.grids,
-                             recipe=recipe, steps=run.total)
+    draw = functools.partial(draw_masks, args.seed, places=run.places, grids=model.grids, recipe=recipe,
+                             steps=run.total)
     run.begin(model, optimizer, inputs, plan, draw)
     for step in run.steps():
         lr = learning_rate(step, recipe)

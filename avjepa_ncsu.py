@@ -143,27 +143,28 @@ def hide_blocks(rng, grid, number, size, draws=1):
     return (down[..., None] & across[..., None, :]).any(1)
 
 
-def draw_set(key, rank, batch, grid, number, size):
+def draw_set(key, places, grid, number, size):
     """What blocks hide of a grid: (B, rows x columns) bool, each row the same number, never all and never
-    nothing. A pure function of (key, rank, clip). How much is hidden is drawn for the step, the same for
-    all clips and ranks; a clip meets it by single patches."""
+    nothing. A pure function of (key, place). How much is hidden is drawn for the step, the same for all
+    clips; each meets it by single patches."""
     # differs: the code cuts all lists to the shortest, which loses the last rows
     own = np.random.default_rng((*key, 0, 0))          # the step's own; the clips count from 1
     count = int(hide_blocks(own, grid, number, size).sum())
     count = min(max(1, count), math.prod(grid) - 1)
     masks = []
-    for clip in range(batch):
-        rng = np.random.default_rng((*key, rank, 1 + clip))
+    for place in places:
+        rng = np.random.default_rng((*key, 0, 1 + place))
         draws = hide_blocks(rng, grid, number, size, 5)
         distance = np.abs(draws.sum((1, 2)) - count)   # the nearest of five, so that single patches are few
         masks.append(common.meet_count(rng, draws[distance.argmin()], count).flatten())
     return np.stack(masks)
 
 
-def draw_masks(seed, step, rank, batch, grids, recipe):
+def draw_masks(seed, step, places, grids, recipe):
     """What is visible and what is to be predicted: for each mask set {"v": (context (B, C), target (B, M)),
-    "a": the same}, indices of the modality's own tokens. A pure function of (seed, step, rank, clip,
-    modality, set). grids: {"video": (T, H, W), "audio": (F, T)}."""
+    "a": the same}, indices of the modality's own tokens. A pure function of (seed, step, place, modality,
+    set). places: of the clips in the step's batch over all processes; grids: {"video": (T, H, W), "audio":
+    (F, T)}."""
     masks = []
     for s, (number, scale) in enumerate(recipe["video_blocks"]):
         masks.append({})
@@ -174,9 +175,9 @@ def draw_masks(seed, step, rank, batch, grids, recipe):
                 rng = np.random.default_rng((*key, 1))
                 size = common.block_size(rng, grid[-2:], (scale, scale), recipe["video_aspect"])
             if recipe["mask_per"] == "batch":
-                hidden = draw_set(key, 0, 1, grid[-2:], number, size).repeat(batch, 0)
+                hidden = draw_set(key, [0], grid[-2:], number, size).repeat(len(places), 0)
             else:
-                hidden = draw_set(key, rank, batch, grid[-2:], number, size)
+                hidden = draw_set(key, places, grid[-2:], number, size)
             if m == "video":                           # tubes: over the full time
                 hidden = np.tile(hidden, (1, grid[0]))                          # (B, N)
             masks[s][m[0]] = common.split_mask(hidden)
@@ -344,8 +345,7 @@ def main(argv=None):
     run.resume(model, optimizer)
     inputs = run.normalise(inputs)
     plan = functools.partial(plan_views, seconds=recipe["seconds"], modalities=tuple(model.grids))
-    draw = functools.partial(draw_masks, args.seed, rank=run.rank, batch=run.batch, grids=model.grids,
-                             recipe=recipe)
+    draw = functools.partial(draw_masks, args.seed, places=run.places, grids=model.grids, recipe=recipe)
     run.begin(model, optimizer, inputs, plan, draw, weigh=model.inputs)
     for step in run.steps():
         lr = learning_rate(step, recipe)

@@ -11,8 +11,11 @@ import contextlib
 import copy
 import math
 import multiprocessing
+import os
 import signal
 import sys
+import traceback
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -464,7 +467,7 @@ KEYS = {"step", "args", "recipe", "inputs", "encoder", "projector", "cross", "mo
 def load_checkpoint(path, method=None):
     """The dict of a run's latest.pt, on the CPU. path: the file, or the folder of the run; method: the name
     of the one that it must be of. Raises UserError if it is missing, cut off, or of another method or
-    version."""
+    version, or if its entries are not what a run writes."""
     path = Path(path) / "latest.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint; give a run's folder or its latest.pt")
@@ -484,7 +487,56 @@ def load_checkpoint(path, method=None):
     if method and found["name"] != method:
         raise UserError(f"{path}: is a checkpoint of {found['name']}, not of {method}; start "
                         f"{found['name']}.py with it")
+    wrong = check_content(content) or check_inputs(content["inputs"])
+    if wrong:
+        raise UserError(f"{path}: {wrong}; another version of the code wrote it (its 'version' names the "
+                        "commit), or something else")
     return content
+
+
+def check_content(content):
+    """What is wrong with the entries of a checkpoint, None where nothing is."""
+    kinds = {"args": dict, "recipe": dict, "inputs": dict, "encoder": dict, "model": dict, "optimizer": dict,
+             "projector": list | tuple | None, "cross": dict | None}
+    for key, kind in kinds.items():
+        if not isinstance(content[key], kind):
+            return f"its '{key}' is of type {type(content[key]).__name__}"
+    for key in ("name", "title", "weights"):
+        if not isinstance(content["method"][key], str):
+            return f"the '{key}' of its method is {content['method'][key]!r}"
+    if not all(map(torch.is_tensor, content["model"].values())):
+        return "its 'model' holds something else than weights"
+    seed = content["args"].get("seed")
+    if type(seed) is not int or seed < 0:
+        return f"its seed is {seed!r}"
+    step = content["step"]
+    steps = content.get("steps", step)
+    if type(step) is not int or type(steps) is not int or not 0 <= step <= steps:
+        return f"it is at step {step!r} of {steps!r}"
+    return None
+
+
+def check_inputs(found):
+    """What is wrong with the fields of a checkpoint's data.Inputs, None where nothing is."""
+    from datasets.inputs import Inputs                 # here, so that this file can be copied from alone
+    kinds = {field.name: field.type for field in fields(Inputs)}
+    for name in sorted(kinds.keys() ^ found.keys(), key=str):
+        return f"its inputs {'have' if name in found else 'lack'} a field '{name}'"
+    words = {"window": ("hamming", "hann"), "log": ("db", "ln", "db_max")}
+    for name, kind in kinds.items():
+        value = found[name]
+        fits = isinstance(value, kind) or type(value) is int and isinstance(0.0, kind)
+        if isinstance(value, tuple):
+            fits = fits and all(map(is_number, value))
+        if isinstance(value, float):
+            fits = fits and is_number(value)
+        if not fits or value not in words.get(name, [value]):
+            return f"the '{name}' of its inputs is {value!r}"
+    return None
+
+
+def is_number(x):
+    return type(x) in (int, float) and math.isfinite(x)
 
 
 def load_weights(module, weights, path):
@@ -545,15 +597,21 @@ def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, 
         raise UserError(f"{path}: {method['title']} has no {weights.replace('_', ' ')} of its own; leave "
                         "--encoder out")
     projector = predictors = teacher = None
-    with torch.random.fork_rng(devices=[]):            # the caller's random stream stays as it was
-        seed_step(content["args"]["seed"], 0)
-        vit = ViT(**content["encoder"])
-        if content["projector"] and not layers:
-            projector = mlp(vit.dim, content["projector"])
-        if content["cross"] and cross and not layers:
-            predictors = {name: mlp(vit.dim, widths, norm=False) for name, widths in content["cross"].items()}
-            predictors = nn.ModuleDict(predictors)
-            teacher = copy.deepcopy(vit)
+    try:
+        with torch.random.fork_rng(devices=[]):        # the caller's random stream stays as it was
+            seed_step(content["args"]["seed"], 0)
+            vit = ViT(**content["encoder"])
+            if content["projector"] and not layers:
+                projector = mlp(vit.dim, content["projector"])
+            if content["cross"] and cross and not layers:
+                predictors = nn.ModuleDict()
+                for name, widths in content["cross"].items():
+                    predictors[name] = mlp(vit.dim, widths, norm=False)
+                teacher = copy.deepcopy(vit)
+    except Exception as e:                             # what is said of a network can be wrong in many ways
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UserError(f"{path}: its 'encoder' or 'projector' describes no network of this version of the "
+                        f"code ({reason}); its 'version' names the commit that wrote it") from None
     vit.absent = absent or vit.absent
     for layer in layers or ():
         check_range("--layers", layer, 0, len(vit.blocks) - 1)
@@ -612,15 +670,26 @@ def main_guard(main):
     without a traceback."""
     code = 0
     try:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:                # nohup ignores SIGHUP
+                signal.signal(number, lambda number, frame: sys.exit(128 + number))
         main()
     except KeyboardInterrupt:
         code = 130
     except SystemExit as e:
         code = e.code
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        with contextlib.suppress(OSError):             # a terminal that was closed
+            print(f"error: {e}", file=sys.stderr)
         code = 2
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()                          # holds main's frame: the group would hang, see below
+        end_workers()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     finally:
         end_workers()
         # by now main's frame is gone, and DDP with it: a group that a model still holds hangs here

@@ -203,11 +203,11 @@ def hide_blocks(rng, grid, scale, aspect, hidden):
     return best
 
 
-def draw_set(key, rank, batch, grid, recipe, blocks=None):
+def draw_set(key, places, grid, recipe, blocks=None):
     """What one mask set hides of one modality: (B, rows x columns) bool, each row the same number, never
     all and never nothing. blocks: (number, area) of a video's; None: those of a sound. A pure function of
-    (key, rank, clip). How much is hidden, and the size of a video's blocks, is drawn for the step (V-JEPA
-    2), the same for all clips and ranks; a clip meets the number by single patches."""
+    (key, place). How much is hidden, and the size of a video's blocks, is drawn for the step (V-JEPA 2),
+    the same for all clips; each meets the number by single patches."""
     # unspecified: how (V-JEPA 2: by cutting the longer lists, which loses the last rows)
     own = np.random.default_rng((*key, 0, 0))          # the step's own; the clips count from 1
     if blocks:
@@ -220,8 +220,8 @@ def draw_set(key, rank, batch, grid, recipe, blocks=None):
     total = math.prod(grid)
     count = min(max(1, int(hide(own).sum())), total - 1)
     masks = []
-    for clip in range(batch):
-        rng = np.random.default_rng((*key, rank, 1 + clip))
+    for place in places:
+        rng = np.random.default_rng((*key, 0, 1 + place))
         best = None
         best_distance = math.inf
         for _ in range(5):                       # one of five that comes near, so that single patches are few
@@ -236,10 +236,11 @@ def draw_set(key, rank, batch, grid, recipe, blocks=None):
     return np.stack(masks)
 
 
-def draw_masks(seed, step, rank, batch, grids, recipe):
+def draw_masks(seed, step, places, grids, recipe):
     """What is visible and what is to be predicted: for each mask set {input: (context (B, C), target (B,
-    M))}, indices of the input's tokens. A pure function of (seed, step, rank, clip, input, modality, set).
-    grids: {"video": (T, H, W), "audio": (F, T)}."""
+    M))}, indices of the input's tokens. A pure function of (seed, step, place, input, modality, set).
+    places: of the clips in the step's batch over all processes; grids: {"video": (T, H, W), "audio": (F,
+    T)}."""
     # unspecified: the sound has as many mask sets as the video, and the joint input has masks of its own
     masks = []
     for s, blocks in enumerate(recipe["video_blocks"]):
@@ -248,7 +249,7 @@ def draw_masks(seed, step, rank, batch, grids, recipe):
             hidden = []
             for m in modalities:
                 key = (seed, step, 1 + WITHIN.index(name) + 3 * (m == "video") + 6 * s)
-                mask = draw_set(key, rank, batch, grids[m][-2:], recipe, blocks if m == "video" else None)
+                mask = draw_set(key, places, grids[m][-2:], recipe, blocks if m == "video" else None)
                 if m == "video":                       # tubes: over the full time
                     mask = np.tile(mask, grids[m][0])
                 hidden.append(mask)
@@ -461,9 +462,10 @@ def start_from(run, model, optimizer, inputs):
     with the mel's statistics that the weights know."""
     args = run.args
     if run.found:
-        if run.found["args"]["init"] != args.init:
-            raise UserError(f"{args.out}: the run there began from {run.found['args']['init']}; give another "
-                            "--out, or --fresh to start over")
+        before = run.found["args"].get("init")
+        if before != args.init:
+            raise UserError(f"{args.out}: the run there began from {before}; give another --out, or --fresh "
+                            "to start over")
         return run.normalise(inputs)
     begun = common.load_checkpoint(args.init, METHOD["name"])
     common.load_weights(model, stretch_positions(begun["model"], model), args.init)
@@ -486,8 +488,7 @@ def main(argv=None):
     inputs = start_from(run, model, optimizer, inputs) if args.init else run.normalise(inputs)
     plan = functools.partial(plan_views, seconds=recipe["seconds"], video_seconds=recipe["video_seconds"],
                              modalities=tuple(model.grids))
-    draw = functools.partial(draw_masks, args.seed, rank=run.rank, batch=run.batch, grids=model.grids,
-                             recipe=recipe)
+    draw = functools.partial(draw_masks, args.seed, places=run.places, grids=model.grids, recipe=recipe)
     run.begin(model, optimizer, inputs, plan, draw, weigh=model.inputs)
     for step in run.steps():
         lr = learning_rate(step, recipe)

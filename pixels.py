@@ -29,6 +29,7 @@ from tqdm import tqdm
 import common
 import data
 import probe
+import retrieval
 import run
 from common import UserError, main_guard
 from probe import MODALITIES
@@ -207,9 +208,10 @@ def decode_batch(model, draw_masks, recipe, decoder, seed, process, batch, numbe
     """{modality: Decoded} of a batch of a loader, under the masks of (seed, number)."""
     batch = data.to_device(batch, process.device)
     clips = {m: batch[m] for m in decoder.grids}
-    masks = draw_masks(seed, number, 0, len(batch["index"]), model.context_encoder.grids, recipe)
+    masks = draw_masks(seed, number, range(len(batch["index"])), model.context_encoder.grids, recipe)
     with process.autocast():
         tokens, hidden = imagine(model, masks, clips, number)
+    retrieval.check_finite(tokens, [f"clip {i} of the set" for i in batch["index"].tolist()])
     pixels = decoder(tokens.float(), hidden)
     decoded = {}
     for m, part in zip(decoder.grids, hidden.split(decoder.sizes, 1)):
@@ -312,6 +314,8 @@ def pixel_errors(decode, batches, mean, grids, step):
         errors[part] = {}
         for m in grids:
             errors[part][m] = {name: total[part, m, name] / max(1, patches[part, m, name]) for name in names}
+            if not math.isfinite(sum(errors[part][m].values())):
+                raise UserError(f"the errors of the {part} patches of {m} are not finite; lower --lr")
     return errors, count, whole
 
 
@@ -470,10 +474,8 @@ def save_picture(file, listing, decode, decoder, inputs, workers, title):
         path = os.fsdecode(bytes(listing.files[number]))
         shown.append((path, decode(batch, number)))
     fig = draw_pixels(shown, inputs, decoder, title)
-    try:
-        run.replace_file(file, lambda f: fig.savefig(f, format="png", dpi=100))
-    except OSError as e:
-        raise UserError(f"{file}: cannot be written ({e.strerror})") from None
+    advice = "the row of probe.jsonl is whole"
+    probe.write_file(file, lambda f: fig.savefig(f, format="png", dpi=100), advice)
 
 
 def main(argv=None):

@@ -5,7 +5,7 @@ The scripts' loops stand on the class Run:
 
     run = Run(METHOD, args, recipe)                     # processes, the clips of the set, the number of steps
     ...
-    for step in run.steps():                             # ends at the last step, or after a signal's save
+    for step in run.steps():                             # ends at the last step, or after a signal
         for batch, masks, weight, tick in run.micro_batches(step):
             with run.autocast():
                 loss, shown = run.model(batch, masks, weight, tick)
@@ -16,17 +16,23 @@ The scripts' loops stand on the class Run:
         run.log(step, lr=lr, grad_norm=grad_norm)
         run.save(step)
     run.finish(probe.toy_report)
+
+What a process can meet alone (a signal, no clips, a full disk) it keeps until the next step is to begin:
+there all of them agree whether to go on.
 """
 import argparse
 import contextlib
 import datetime
-import itertools
+import fcntl
+import functools
+import glob
 import json
 import math
 import os
 import signal
 import subprocess
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +40,7 @@ from pathlib import Path
 import common
 import data
 from common import UserError, ViT, check_range
+from datasets.batches import tell
 
 import numpy as np
 import torch
@@ -75,13 +82,14 @@ class Process:
 
     def any(self, flag):
         """True on all ranks if it is True on one."""
-        return bool(flag) if self.world == 1 else bool(self.largest(int(bool(flag))))
+        return bool(self.largest(int(bool(flag))))
 
     def largest(self, value):
         """The largest of the ranks' integers."""
+        if self.world == 1:
+            return value
         value = torch.tensor(value, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value.item())
 
     def total(self, x):
@@ -91,15 +99,18 @@ class Process:
             dist.all_reduce(x)
         return x
 
-    def barrier(self):
-        if dist.is_initialized():
-            dist.barrier()
-
     def from_main(self, make):
-        """What rank 0's make() returns, on all ranks."""
-        box = [make() if self.main else None]
+        """What rank 0's make() returns, on all ranks; so its UserError."""
+        box = [None, None]
+        if self.main:
+            try:
+                box[0] = make()
+            except UserError as e:
+                box[1] = str(e)
         if self.world > 1:
             dist.broadcast_object_list(box, 0, device=self.device)
+        if box[1]:
+            raise UserError(box[1])
         return box[0]
 
 
@@ -109,15 +120,20 @@ def choose_device(name):
     if name == "auto":
         mps = torch.backends.mps.is_available() and not torchrun           # MPS has no process group
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    reason = "this machine or this torch does not have it"
     try:
         device = torch.device(name)
         if device.type == "cuda" and torchrun:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        reason = "this machine or this torch does not have it"
-        raise UserError(f"--device {name}: {reason}; use cpu, mps, cuda or auto") from None
+        if device.type not in ("cpu", "mps", "cuda"):          # such as meta, which has no numbers
+            reason = "nothing of ours runs there"
+            device = None
+    except Exception:                                  # torch raises half a dozen kinds
+        device = None
+    if device is None:
+        raise UserError(f"--device {name}: {reason}; use cpu, mps, cuda or auto")
     return device
 
 
@@ -151,20 +167,43 @@ def default_workers(process):
     return max(1, min(16, free // local))
 
 
+class Stopped(BaseException):
+    """A signal came while the process waited for clips."""
+
+
 class StopSignal:
-    """True once SIGTERM or Ctrl-C came: the loop then ends the step, saves and says how to go on. A second
-    Ctrl-C is not caught; a second SIGTERM is, since SLURM and torchrun each send one."""
+    """True once SIGTERM, Ctrl-C or SIGHUP (a closed terminal) came: the loop then ends the step, saves and
+    says how to go on. A second Ctrl-C is not caught; a second SIGTERM is, since SLURM and torchrun each send
+    one."""
     def __init__(self):
         self.came = False
+        self.waiting = False
         self.before = {}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:             # nohup ignores it
+            numbers.append(signal.SIGHUP)
         with contextlib.suppress(ValueError):         # not in the main thread: who runs us there handles them
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 self.before[number] = signal.signal(number, self.catch)
 
     def catch(self, number, frame):
         self.came = True
         if number == signal.SIGINT:
             signal.signal(number, self.before[number])
+        if self.waiting:
+            self.waiting = False
+            raise Stopped
+
+    def wait(self, take):
+        """What take() returns; None when a signal comes first."""
+        try:
+            try:
+                self.waiting = True
+                return None if self.came else take()
+            finally:
+                self.waiting = False
+        except Stopped:
+            return None
 
     def release(self):
         """Handle signals as before: the loop is over."""
@@ -191,11 +230,12 @@ def code_version():
 
 
 def replace_file(path, write):
-    """write(file) under a temporary name, then rename: whoever is killed in between leaves the old file
-    whole. Raises OSError."""
-    temporary = Path(path).with_name(Path(path).name + ".part")
+    """write(file) under a temporary name of one's own, then rename: whoever is killed in between leaves the
+    old file whole. Raises OSError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
-        with open(temporary, "wb") as f:
+        with open(temporary, "xb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -205,24 +245,81 @@ def replace_file(path, write):
         raise
 
 
+def write_tensors(content, file):
+    """torch.save; of a full disk it makes a RuntimeError of its own, here it is an OSError again."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as e:
+        if isinstance(e.__context__, OSError):
+            raise e.__context__ from None
+        raise
+
+
+FILES = ("latest.pt", "log.jsonl", "results.json", "curves.png")      # that a run writes
+
+
+def lock_folder(folder):
+    """The file whose lock keeps other runs out of a folder while it is open, in this process alone: a fork
+    does not hold it, and the kernel gives it back when we are killed. Removes what killed runs left half
+    written. UserError where another run is at work there."""
+    try:
+        file = open(folder / ".lock", "a")
+    except OSError as e:
+        raise UserError(f"--out {folder}: cannot be written to ({e.strerror})") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"--out {folder}: another run is writing there; wait for its end, or give another "
+                        "--out") from None
+    except OSError:
+        return file                                    # a file system without locks
+    for name in FILES:
+        for left in folder.glob(f".{glob.escape(name)}.*.part"):
+            left.unlink(missing_ok=True)
+    return file
+
+
 def read_log(out):
-    """The rows of a run's log.jsonl; a last line that was cut off is left out."""
+    """The rows of a run's log.jsonl. Says how many lines are none: cut off by a kill, or damaged."""
     file = Path(out) / "log.jsonl"
     rows = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
+    broken = 0
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):           # no JSON, or no UTF-8
+            row = None
+        if is_row(row):
+            rows.append(row)
+        else:
+            broken += 1
+    if broken:
+        tell(f"{file}: {broken:,} of its {broken + len(rows):,} lines are no rows of a log and left out")
     return rows
+
+
+def is_row(row):
+    """Whether it is a row of a log: numbers, and a step."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(type(value) in (int, float) for value in row.values())
+
+
+def append_row(path, row):
+    """Append a JSON row to a file; on a line of its own where the last one was cut off. Raises OSError."""
+    with open(path, "ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
+        f.write(json.dumps(row).encode() + b"\n")
 
 
 def add_row(ckpt, name, row):
     """Append a JSON row to the file `name` beside a checkpoint."""
     folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
     try:
-        with open(folder / name, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        append_row(folder / name, row)
     except OSError as e:
         reason = f"the result above could not be written there ({e.strerror})"
         raise UserError(f"{folder / name}: {reason}") from None
@@ -232,9 +329,18 @@ def load_optimizer(optimizer, state, path):
     """load_state_dict, with a sentence where the parameter groups are others."""
     try:
         optimizer.load_state_dict(state)
-    except ValueError:
+    except Exception:                                  # a dict can be wrong in many ways
         raise UserError(f"{path}: its optimiser state is of another version of the code; give another --out, "
                         "or --fresh") from None
+
+
+def check_moments(optimizer, path):
+    """UserError where the optimiser's state has other shapes than its parameters."""
+    for p, state in optimizer.state.items():
+        for x in state.values():
+            if torch.is_tensor(x) and x.ndim and x.shape != p.shape:
+                raise UserError(f"{path}: its optimiser state has another shape than its weights; give "
+                                "another --out, or --fresh")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -389,19 +495,22 @@ class Run:
             torch.set_num_threads(1)                   # small operations, and the other cores decode
 
         self.made = data.find_set(args.data).make is not None
-        if self.made and self.process.main:
-            data.list_clips(args.data, args.data_dir)  # rank 0 writes the clips, the others wait
-        self.process.barrier()
+        if self.made:                                  # rank 0 writes the clips, the others wait
+            self.process.from_main(self.make_clips)
         self.listing = data.list_clips(args.data, args.data_dir)
         self.described = data.describe(self.listing)
         if clips and clips < len(self.listing):
             self.described += f", of which {clips:,} are trained on (--clips)"
             drawn = np.random.default_rng(0).permutation(len(self.listing))[:clips]
             self.listing = self.listing.subset(np.sort(drawn))
-        self.batch = recipe["batch_size"] // self.world                    # clips of this rank
+        self.batch = recipe["batch_size"] // self.world                    # clips of this rank ...
+        self.places = range(self.rank, recipe["batch_size"], self.world)   # ... and their places in a step
         per_epoch = len(self.listing) // recipe["batch_size"]
         self.total = recipe["steps"] or max(1, round(recipe["epochs"] * per_epoch))
         recipe["steps"] = self.total
+
+    def make_clips(self):
+        data.list_clips(self.args.data, self.args.data_dir)
 
     # -- before the loop -----------------------------------------------------------------------------------
 
@@ -422,7 +531,12 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--out {self.out}: cannot be made ({e.strerror})") from None
+        self.process.from_main(self.lock)
         self.start = found["step"] if found else 0
+        self.done = self.start                         # steps ...
+        here = [self.out.resolve(), (self.out / "latest.pt").resolve()]
+        mine = self.args.resume == "auto" or Path(self.args.resume).resolve() in here
+        self.saved = self.start if found and mine else None    # ... that this run's checkpoint has, if any
         if self.process.any(self.start != self.process.largest(self.start)):
             raise UserError(f"--out {self.out}: the processes find different checkpoints there; it must lie "
                             "on a file system that all nodes share")
@@ -432,7 +546,9 @@ class Run:
         if found:
             common.load_weights(model, found["model"], self.out)
             load_optimizer(optimizer, found["optimizer"], self.out)
+            check_moments(optimizer, self.out)
             self.found = {key: found[key] for key in ("inputs", "args")}
+            self.say_world(model, found.get("world", self.world))
 
     def find(self):
         """The checkpoint to go on from, None if there is none."""
@@ -449,6 +565,17 @@ class Run:
             raise UserError(f"{file}: the run there has {', '.join(other)}; give another --out, or --fresh "
                             "to start over")
         return found
+
+    def lock(self):
+        self.locked = lock_folder(self.out)            # for the life of this run
+
+    def say_world(self, model, before):
+        """A line where a run that goes on with other processes than `before` is another one."""
+        noisy = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        noisy += [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+        if before != self.world and noisy:
+            self.say(f"going on with {self.world} processes where there were {before}: dropout and BatchNorm "
+                     "are drawn and measured by each process, so this is another run from here")
 
     def normalise(self, inputs):
         """data.Inputs with the mean and std of each mel bin: those of the run that goes on, or of clips of
@@ -475,7 +602,9 @@ class Run:
         self.weigh = weigh
         clips = data.Clips(self.listing, inputs, plan, args.seed)
         pin = self.device.type == "cuda"
-        self.batches = iter(data.train_loader(clips, self.order, self.workers, pin))
+        self.batches = iter(data.train_loader(clips, self.order, self.workers, pin, args.accumulate))
+        self.fetched = []                              # the micro-batches of a step
+        self.error = None                              # what ends the run when the next step is to begin
         self.draw = draw
         self.pool = ThreadPoolExecutor(1)           # draws the masks of the next step while this one computes
         self.drawn = None
@@ -493,7 +622,7 @@ class Run:
     def say(self, line):
         """Print a line, on rank 0 alone."""
         if self.process.main:
-            print(line)
+            tell(line)
 
     def say_what(self):
         """What is trained, on how many clips, and where it goes."""
@@ -521,11 +650,12 @@ class Run:
             text = "".join(json.dumps(row) + "\n" for row in self.rows)
             try:
                 (self.out / "results.json").unlink(missing_ok=True)
-                (self.out / "log.jsonl").write_text(text)
+                replace_file(self.out / "log.jsonl", lambda file: file.write(text.encode()))
             except OSError as e:
-                raise UserError(f"{self.out}/log.jsonl: cannot be written ({e.strerror})") from None
+                self.error = f"{self.out}/log.jsonl: cannot be written ({e.strerror})"
         if self.rows:
             self.alarmed = dict.fromkeys(alarms(self.rows, self.warmup), self.start)
+            self.troubles.go_on(self.rows[-1])
         self.noted = []
         self.logged = self.start
         self.began = time.time()
@@ -534,14 +664,71 @@ class Run:
     # -- in the loop ---------------------------------------------------------------------------------------
 
     def steps(self):
-        """The steps that are left; ends after the save that a signal asked for."""
-        bar = tqdm(range(self.start, self.total), "train", self.total, unit="step", initial=self.start,
+        """The steps that are left, each when its clips are there; ends when a signal comes."""
+        bar = tqdm(desc="train", total=self.total, unit="step", initial=self.start, delay=1e-3,
                    disable=not self.process.main)
-        for step in bar:
+        for step in range(self.start, self.total):
             self.step = step
+            self.fetch()
+            if self.ends():
+                break
             yield step
-            if self.stopped:
-                return
+            with contextlib.suppress(OSError):         # as in `tell`
+                bar.update()
+        else:
+            self.ends()                                # the last step may have met an error
+        with contextlib.suppress(OSError):
+            bar.close()
+
+    def fetch(self):
+        """Wait for the micro-batches of a step; a signal ends the wait."""
+        self.fetched = []
+        clock = time.time()
+        try:
+            while not self.error and len(self.fetched) < self.args.accumulate:
+                batch = self.stop.wait(functools.partial(next, self.batches))
+                if batch is None:
+                    break
+                self.troubles.add(batch)
+                self.fetched.append(batch)
+        except UserError as e:
+            self.error = str(e)
+        self.waited += time.time() - clock
+
+    def ends(self):
+        """Whether the run ends before the next step, on all ranks alike: a signal came to one of them, or one
+        has an error, which is raised. The last complete step is saved."""
+        stop = bool(self.stop) and self.done < self.total
+        worst = self.process.largest(2 if self.error else int(stop))
+        if worst == 0:
+            return False
+        self.keep()
+        self.stop.release()
+        if worst == 2 or self.error:
+            error = self.error or "another process of this run has met an error, and says which"
+            raise UserError(f"{error}; {self.kept()}{self.advice()}")
+        self.stopped = True
+        self.say(f"stopped after step {self.done} of {self.total}: {self.kept()}{self.advice()}")
+        return True
+
+    def kept(self):
+        """What there is to go on from."""
+        if not self.process.main:
+            return "rank 0 says what is saved"
+        if self.saved is None:
+            return f"nothing of this run is saved in {self.out} yet"
+        return f"{self.out}/latest.pt holds step {self.saved} of {self.total}"
+
+    def advice(self):
+        """How to go on, if there is something to go on from."""
+        if self.saved is None:
+            return ""
+        without = ""
+        if self.args.fresh:
+            without = " without --fresh"
+        if self.args.resume != "auto":
+            without = " without --resume"
+        return f", and the same command{without} goes on from there"
 
     def micro_batches(self, step):
         """(batch on the device, its masks, weight, tick) for each of --accumulate: weight is {input: (B,)}
@@ -550,12 +737,8 @@ class Run:
         accumulate = self.args.accumulate
         clock = time.time()
         masks = self.masks(step)
-        batches = self.decoded(accumulate)
-        weights = itertools.repeat(1 / accumulate)
-        if self.weigh:                                 # counts over the whole step: all its clips at once
-            batches = list(batches)
-            weights = self.weights(batches)
-        for micro, (batch, weight) in enumerate(zip(batches, weights)):
+        weights = self.weights(self.fetched) if self.weigh else [1 / accumulate] * accumulate
+        for micro, (batch, weight) in enumerate(zip(self.fetched, weights)):
             batch = data.to_device(batch, self.device)
             part = None if masks is None else self.part(masks, micro)
             self.waited += time.time() - clock
@@ -565,12 +748,6 @@ class Run:
             with contextlib.nullcontext() if last or self.model is self.unwrapped else self.model.no_sync():
                 yield batch, part, weight, tick
             clock = time.time()
-
-    def decoded(self, count):
-        """The next micro-batches as they come from the workers; their troubles are counted."""
-        for batch in itertools.islice(self.batches, count):
-            self.troubles.add(batch)
-            yield batch
 
     def masks(self, step):
         """The masks of a step; those of the next one are drawn meanwhile."""
@@ -620,9 +797,24 @@ class Run:
         grad_norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), max_norm).item()
         loss = sum(shown["loss"] for shown in self.noted).item()
         if self.process.any(not math.isfinite(loss + grad_norm)):
-            raise UserError(f"the loss or its gradient is not finite at step {self.step}; the last good "
-                            f"checkpoint in {self.out} is kept; give a new --out and a lower --lr")
+            poisoned = []
+            for batch in self.fetched:
+                poisoned += self.not_finite(batch)
+            where = f"not finite at step {self.step}"
+            if poisoned:
+                raise UserError(f"the mel of {', '.join(poisoned)} is {where}: take the clip out, or see to "
+                                f"the mean and std of the mel; {self.kept()}")
+            raise UserError(f"the loss or its gradient is {where}, while the clips are; {self.kept()}; give "
+                            "a new --out and a lower --lr")
         return grad_norm
+
+    def not_finite(self, batch):
+        """The files of a batch whose mel is not finite; pictures always are."""
+        if "audio" not in batch:
+            return []
+        bad = ~batch["audio"].flatten(1).isfinite().all(1)                  # a view with sound each
+        clip = batch["present"][:, :, 1].nonzero()[:, 0]                    # and whose it is
+        return [str(self.listing.path(batch["index"][i])) for i in clip[bad].unique()]
 
     def log(self, step, **values):
         """At each interval: a JSON row in log.jsonl, of the whole step over all micro-batches and ranks, a
@@ -645,7 +837,8 @@ class Run:
         count = step + 1 - self.logged
         row["ms_data"] = 1e3 * self.waited / count
         row["ms_step"] = 1e3 * (time.time() - self.began) / count
-        row.update(self.troubles.row())
+        counts = self.troubles.row()
+        row.update(zip(counts, self.process.total(torch.tensor(list(counts.values()))).tolist()))
         if self.process.main:
             self.write(row)
         self.logged = step + 1
@@ -654,33 +847,45 @@ class Run:
 
     def write(self, row):
         step = row["step"]
-        with open(self.out / "log.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-        tqdm.write(on_screen(row))
+        try:
+            append_row(self.out / "log.jsonl", row)
+        except OSError as e:
+            self.error = f"{self.out}/log.jsonl: cannot be written ({e.strerror})"
+        tell(on_screen(row))
         if len(self.rows) >= 4000:
             self.rows = self.rows[:2000:2] + self.rows[2000:]              # the older ones thinner
         self.rows.append(row)
         for name, message in alarms(self.rows, self.warmup).items():
             again = name in self.alarmed and step - self.alarmed[name] <= 20 * self.args.log_every
             if not again:                              # said once, and again if it comes back
-                tqdm.write(f"WARNING at step {step}: {message}; see the README, Is it healthy?")
+                tell(f"WARNING at step {step}: {message}; see the README, Is it healthy?")
             self.alarmed[name] = step
 
     def save(self, step):
-        """A checkpoint at each interval, at the end, and after a signal, which then ends `steps`."""
-        done = step + 1
-        stopping = self.process.any(self.stop)
-        if (done % self.args.save_every == 0 or done == self.total or stopping) and self.process.main:
-            parts = {"projector": None, "cross": None, **self.unwrapped.parts}
-            content = dict(version=code_version(), method=self.method, step=done, steps=self.total,
-                           args=vars(self.args), recipe=self.recipe, inputs=asdict(self.inputs), **parts,
-                           model=self.unwrapped.state_dict(), optimizer=self.optimizer.state_dict())
-            replace_file(self.out / "latest.pt", lambda f: torch.save(content, f))
-        if stopping and done < self.total:
-            self.stopped = True
-            if self.process.main:
-                tqdm.write(f"stopped after step {done} of {self.total}, saved to {self.out}; the same "
-                           "command goes on from there")
+        """A checkpoint at each interval and at the end."""
+        self.done = step + 1
+        if self.done % self.args.save_every == 0 or self.done == self.total:
+            self.keep()
+
+    def keep(self):
+        """Write the checkpoint of the last complete step, unless it is there; what hinders it is kept for
+        `ends`."""
+        if not self.process.main or self.done in (0, self.saved):
+            return
+        model = self.unwrapped.state_dict()
+        if not all(x.isfinite().all() for x in model.values()):
+            error = f"the weights are not finite after step {self.done}; give a new --out and a lower --lr"
+            self.error = self.error or error
+            return
+        parts = {"projector": None, "cross": None, **self.unwrapped.parts}
+        content = dict(version=code_version(), method=self.method, step=self.done, steps=self.total,
+                       world=self.world, args=vars(self.args), recipe=self.recipe, inputs=asdict(self.inputs),
+                       **parts, model=model, optimizer=self.optimizer.state_dict())
+        try:
+            replace_file(self.out / "latest.pt", lambda f: write_tensors(content, f))
+            self.saved = self.done
+        except OSError as e:
+            self.error = self.error or f"{self.out}/latest.pt: cannot be written ({e.strerror})"
 
     # -- after the loop ------------------------------------------------------------------------------------
 
@@ -693,10 +898,16 @@ class Run:
         if self.stopped or not self.process.main:
             return
         title = f"{self.method['title']}, {self.args.data}, seed {self.args.seed}, {self.total} steps"
-        draw_curves(self.out / "curves.png", {"": read_log(self.out)}, title)
-        print(f"trained {self.total:,} steps: {self.out}/latest.pt, log.jsonl, curves.png")
-        if self.made:
-            report(self.out, self.args.data_dir, self.process, self.workers, self.args.data)
+        rows = {"": read_log(self.out)}
+        try:
+            replace_file(self.out / "curves.png", lambda file: draw_curves(file, rows, title))
+            self.say(f"trained {self.total:,} steps: {self.out}/latest.pt, log.jsonl, curves.png")
+            if self.made:
+                report(self.out, self.args.data_dir, self.process, self.workers, self.args.data)
+        except OSError as e:
+            raise UserError(f"{e.filename or self.out}: curves.png or results.json cannot be written "
+                            f"({e.strerror}); {self.out}/latest.pt is whole, and the same command makes them "
+                            "once it can") from None
 
 
 def set_lr(optimizer, lr):

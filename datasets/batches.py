@@ -1,10 +1,15 @@
 """Batches: which clips a step sees, the loaders that decode them, and what is counted of their troubles."""
 import atexit
+import contextlib
+import math
+import multiprocessing
 import signal
+import threading
+from multiprocessing import connection
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 from tqdm import tqdm
 
 from common import UserError, end_workers
@@ -53,16 +58,141 @@ def start_worker(worker):
     """For the data workers: a mel is slower on two threads; and a signal is for the training process, which
     then ends them."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def train_loader(clips, batches, workers, pin=False):
-    """Batches of a Clips data set, decoded by `workers` processes (0: in this one)."""
+def share(items):
+    """collate, and in a data worker the tensors into shared memory: the queue would put them there later,
+    where a batch that finds no room is lost without a word."""
+    batch = collate(items)
+    if get_worker_info() is not None:
+        for x in batch.values():
+            if torch.is_tensor(x) and x.numel():
+                x.share_memory_()
+    return batch
+
+
+def tell(line):
+    """A line on the screen, beside the progress bars. A terminal that was closed, or a full disk under a
+    file in its place, hinders nothing."""
+    with contextlib.suppress(OSError):
+        tqdm.write(line)
+
+
+WORD = 60                               # seconds without a batch, after which a line says so ...
+PATIENCE = 900                          # ... and after which the workers are given up
+NO_MEMORY = ("the data workers have no room in shared memory (/dev/shm); start docker with a larger "
+             "--shm-size, such as 8g, or give --workers 0, which needs none")
+
+
+def plain(item):
+    """Arrays as they are: made tensors, they would need shared memory."""
+    return item
+
+
+class Loader:
+    """A DataLoader of `workers` processes (0: in this one) whose troubles end in a sentence: no shared
+    memory, a worker that died, one that hangs. The batches are DataLoader's; so is `how`."""
+    def __init__(self, dataset, workers, collate_fn=plain, **how):
+        self.loader = DataLoader(dataset, num_workers=workers, worker_init_fn=start_worker,
+                                 collate_fn=collate_fn, **how)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        """Starts the workers at once."""
+        others = set(multiprocessing.active_children())
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            if self.loader.num_workers:
+                multiprocessing.Event()                         # or torch's iterator fails half built
+            batches = iter(self.loader)
+        except OSError as e:
+            raise UserError(f"the data workers cannot be started ({e.strerror}); lower --workers: 0 needs "
+                            "none, nor shared memory, of which docker has more by --shm-size 8g") from None
+        finally:
+            # torch's raises in the midst of whatever this process does when a worker dies; `take` misses its
+            # batch within seconds
+            with contextlib.suppress(ValueError):               # not in the main thread: torch set none
+                signal.signal(signal.SIGCHLD, handler)
+        return self.take(batches, set(multiprocessing.active_children()) - others)
+
+    def take(self, batches, workers):
+        """The batches. Whoever takes no more of them ends the workers."""
+        try:
+            while True:
+                came = threading.Event()
+                given_up = threading.Event()
+                if workers:
+                    args = (came, given_up, workers)
+                    threading.Thread(target=watch, args=args, daemon=True).start()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except Exception as e:                          # of a worker that dies, of any kind
+                    sentence = explain(e, workers, given_up.is_set()) if workers else None
+                    if sentence is None:
+                        raise                                   # a fault of ours keeps its traceback
+                    raise UserError(sentence) from None
+                finally:
+                    came.set()
+                yield batch
+        except BaseException:
+            for worker in workers:                              # one that hangs would be waited for
+                worker.kill()
+            raise
+
+
+def watch(came, given_up, workers):
+    """In a thread: say that no batch came, and in the end kill the workers, so that nobody waits for them."""
+    if came.wait(WORD):
+        return
+    names = ", ".join(str(worker.pid) for worker in workers)
+    tell(f"no clips for {WORD} s; the data workers (process {names}) are slow, or wait for a disk")
+    if not came.wait(PATIENCE - WORD):
+        given_up.set()
+        for worker in workers:
+            worker.kill()
+
+
+def explain(error, workers, given_up):
+    """What an error of a DataLoader says of its workers, None where it is none of theirs."""
+    if given_up:
+        return (f"no clips came from the {len(workers)} data workers for {PATIENCE} s: they were stopped, or "
+                "wait for a disk or a network that does not answer; --workers 0 shows where")
+    if "shared memory" in str(error) or "</torch_" in str(error):
+        return NO_MEMORY
+    if "open files" in str(error) or "ancdata" in str(error):
+        return "the data workers need more open files than ulimit -n allows; raise it, or lower --workers"
+    if str(error).startswith("Caught "):
+        return None                                             # of our code in a worker that lives
+    dying = connection.wait([worker.sentinel for worker in workers], 1)
+    for worker in workers:
+        if worker.sentinel in dying:
+            worker.join(1)
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    if not codes:
+        return None
+    if -signal.SIGBUS in codes:
+        return NO_MEMORY
+    if -signal.SIGKILL in codes:
+        return "a data worker was killed, most often for want of memory; lower --workers or --batch-size"
+    code = codes[0]
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return f"a data worker ended {how}: a clip that the decoder does not survive; {LOOK}"
+
+
+def train_loader(clips, batches, workers, pin=False, ahead=2):
+    """Batches of a Clips data set, decoded by `workers` processes (0: in this one), as many as `ahead` before
+    they are asked for, and at least two by each process."""
     atexit.unregister(end_workers)
     atexit.register(end_workers)                                # whoever does not read them to their end
-    return DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=start_worker, pin_memory=pin)
+    each = max(2, math.ceil(ahead / workers)) if workers else None
+    return Loader(clips, workers, batch_sampler=batches, collate_fn=share, pin_memory=pin,
+                  prefetch_factor=each)
 
 
 def eval_loader(listing, inputs, plan, batch, workers, seed=0):
@@ -103,10 +233,13 @@ class Troubles:
         self.total = total
         self.max_share = max_share
         self.bad = set()
-        self.counts = {"no_video": 0, "no_audio": 0, "short": 0}
+        self.bad_before = 0
+        self.counts = {"no_video": 0, "no_audio": 0, "short": 0, "empty": 0}
 
     def count(self, batch):
-        """What the clips of a batch lack, of the streams that were asked for."""
+        """What the clips of a batch lack, of the streams that were asked for; and how many had a view in
+        which nothing decoded, so that others were drawn for them."""
+        self.counts["empty"] += batch.get("empty", 0)
         if len(batch["index"]) == 0:
             return
         for key in ("video", "audio"):
@@ -119,7 +252,8 @@ class Troubles:
         self.count(batch)
         self.name(batch["bad"])
         if batch["lost"]:
-            raise UserError(f"{TRIES} clips in a row do not decode, the last: {batch['bad'][-1]}; {LOOK}")
+            last = batch["bad"][-1] if batch["bad"] else "nothing decodes in one of its views"
+            raise UserError(f"{TRIES} clips in a row do not decode, the last: {last}; {LOOK}")
         if len(self.bad) > self.max_share * self.total:
             raise UserError(f"{len(self.bad)} of {self.total:,} clips do not decode, more than "
                             f"{self.max_share:.0%}: stopped; {LOOK}, or raise --max-bad")
@@ -128,8 +262,14 @@ class Troubles:
         for message in messages:
             if message not in self.bad:
                 self.bad.add(message)
-                tqdm.write(f"bad clip: {message}")
+                tell(f"bad clip: {message}")
+
+    def go_on(self, row):
+        """Count on from a row of the log."""
+        self.bad_before = row.get("bad_clips", 0)
+        for key in self.counts:
+            self.counts[key] += row.get(key, 0)
 
     def row(self):
         """For the log."""
-        return {"bad_clips": len(self.bad), **self.counts}
+        return {"bad_clips": self.bad_before + len(self.bad), **self.counts}

@@ -231,19 +231,6 @@ def fails(function, *args, match=None, error=common.UserError, **more):
     return message
 
 
-class StopAfter:
-    """A stop signal that comes in step n."""
-    def __init__(self, n):
-        self.left = n
-
-    def __bool__(self):
-        self.left -= 1
-        return self.left <= 0
-
-    def release(self):
-        pass
-
-
 METHOD = dict(                                          # of a checkpoint that no script has written
     name="made_up", title="made up", weights="target_encoder",
     linear=dict(lr=(1e-2, 1e-1), views=3),

@@ -26,11 +26,11 @@ def plan_views(rng, duration, seconds):
     return [data.View(rng.uniform(0, max(0.0, duration - seconds)), seconds, "random", True)]
 
 
-def draw_masks(seed, step, rank, batch, grids, recipe=None):
+def draw_masks(seed, step, places, grids, recipe=None):
     hidden = []
     for number, grid in enumerate(grids.values()):
         odd = np.arange(math.prod(grid)) % 2 == 1
-        streams = [np.random.default_rng((seed, step, rank, 1 + clip, number)) for clip in range(batch)]
+        streams = [np.random.default_rng((seed, step, 0, 1 + place, number)) for place in places]
         hidden.append(np.stack([rng.permutation(odd) for rng in streams]))
     return [{"av": common.split_mask(np.concatenate(hidden, 1))}]
 
@@ -83,7 +83,7 @@ def main(argv=None):
     model = run.build(make_model, recipe, inputs)
     optimizer = torch.optim.AdamW(model.parameters(), recipe["lr"])
     run.resume(model, optimizer)
-    draw = functools.partial(draw_masks, args.seed, rank=run.rank, batch=run.batch, grids=model.grids)
+    draw = functools.partial(draw_masks, args.seed, places=run.places, grids=model.grids)
     run.begin(model, optimizer, inputs, functools.partial(plan_views, seconds=recipe["seconds"]), draw)
     for step in run.steps():
         for batch, masks, weight, tick in run.micro_batches(step):

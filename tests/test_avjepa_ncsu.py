@@ -211,7 +211,7 @@ BLOCKS = [((8, 12), 8, (4, 6)), ((8, 12), 2, (4, 6)), ((14, 14), 8, (5, 6)), ((1
 def test_a_patch_is_hidden_as_often_as_that_many_blocks_at_places_of_equal_chance_hide_it(grid, number, size):
     """With probability 1 - (1 - p)^number, p the share of the places of a block that cover it."""
     expected = 1 - (1 - placements(grid, size).mean(0)) ** number
-    draws = [avjepa_ncsu.draw_set((3, step, 1, 0), 0, 2, grid, number, size) for step in range(500)]
+    draws = [avjepa_ncsu.draw_set((3, step, 1, 0), range(2), grid, number, size) for step in range(500)]
     hidden = np.stack(draws).reshape(-1, 2, *grid)      # both clips of a step hide as much
     share = hidden[:, 0].mean((1, 2))
     assert share.mean() == pytest.approx(expected.mean(), abs=4.5 * share.std() / math.sqrt(500))
@@ -227,8 +227,8 @@ def test_one_mask_set_for_a_batch_is_the_same_for_all_its_clips_and_all_ranks_an
     recipe = recipe_of("--mask-per", "batch")
     seen = set()
     for step in range(4):
-        first = draw_masks(0, step, 0, 4, GRIDS, recipe)
-        other = draw_masks(0, step, 3, 2, GRIDS, recipe)
+        first = draw_masks(0, step, range(4), GRIDS, recipe)
+        other = draw_masks(0, step, [3, 7], GRIDS, recipe)
         for s, name in itertools.product((0, 1), "va"):
             target = first[s][name][1]                                          # (4, M)
             assert torch.equal(target, target[:1].expand(4, -1))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import METHOD, ROOT, fails, same, write_checkpoint
+from conftest import METHOD, ROOT, command, fails, same, write_checkpoint
 from slow import block_parameters, layer_norm, placements, random
 
 VIDEO = dict(shape=(4, 16, 16), patch=(2, 8, 8))               # 2 x 2 x 2 = 8 tokens
@@ -364,6 +364,50 @@ def clip(encoder):
     return [random(2, common.CHANNELS[m], *shape, seed=3) for m, shape in encoder.vit.shape.items()]
 
 
+CHANGED = [                                                    # of a checkpoint, and what is said
+    (dict(step=-1), "it is at step -1 of 3"), (dict(step=900, steps=40), "it is at step 900 of 40"),
+    (dict(step=1.5), "it is at step 1.5 of 3"), (dict(step="3"), "it is at step '3' of 3"),
+    (dict(step=True), "it is at step True"), (dict(steps=None), "it is at step 3 of None"),
+    (dict(args=dict(seed="x")), "its seed is 'x'"), (dict(args={}), "its seed is None"),
+    (dict(args=[]), "its 'args' is of type list"), (dict(recipe=None), "its 'recipe' is of type NoneType"),
+    (dict(optimizer=[1]), "its 'optimizer' is of type list"), (dict(projector=7), "its 'projector' is of"),
+    (dict(cross=[7]), "its 'cross' is of type list"), (dict(inputs="text"), "its 'inputs' is of type str"),
+    (dict(model={"target_encoder.x": 3}), "its 'model' holds something else than weights"),
+    (dict(method={**METHOD, "weights": 3}), "the 'weights' of its method is 3"),
+    (dict(inputs=dict(colour=1)), "its inputs have a field 'colour'"),
+    (dict(inputs=dict(hop=None)), "the 'hop' of its inputs is None"),
+    (dict(inputs=dict(hop="160")), "the 'hop' of its inputs is '160'"),
+    (dict(inputs=dict(seconds=math.nan)), "the 'seconds' of its inputs is nan"),
+    (dict(inputs=dict(mel_mean=(1.0, "x"))), "the 'mel_mean' of its inputs is (1.0, 'x')"),
+    (dict(inputs=dict(window="square")), "the 'window' of its inputs is 'square'"),
+    (dict(encoder=dict(size="colossal")), "its 'encoder' or 'projector' describes no network"),
+    (dict(encoder=dict(wheels=4)), "its 'encoder' or 'projector' describes no network"),
+    (dict(encoder=dict(video=dict(shape="x"))), "its 'encoder' or 'projector' describes no network"),
+    (dict(projector=["x"]), "its 'encoder' or 'projector' describes no network"),
+]
+
+
+@pytest.mark.parametrize("change, sentence", CHANGED, ids=str)
+def test_a_checkpoint_whose_entries_are_not_what_a_run_writes_is_refused_by_what_is_wrong(
+        tmp_path, change, sentence):
+    content = torch.load(write_checkpoint(tmp_path) / "latest.pt")
+    for key, value in change.items():
+        both = isinstance(value, dict) and key in ("inputs", "encoder")
+        content[key] = {**content[key], **value} if both else value
+    torch.save(content, tmp_path / "latest.pt")
+    message = fails(common.load_encoder, tmp_path)
+    assert message.startswith(str(tmp_path)) and f": {sentence}" in message
+    if "describes" not in sentence:
+        assert fails(common.load_checkpoint, tmp_path, "made_up") == message
+
+
+def test_a_checkpoint_whose_inputs_lack_a_field_is_refused(tmp_path):
+    content = torch.load(write_checkpoint(tmp_path) / "latest.pt")
+    del content["inputs"]["window"]
+    torch.save(content, tmp_path / "latest.pt")
+    fails(common.load_encoder, tmp_path, match="its inputs lack a field 'window'")
+
+
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")               # a tensor, indexed by a name
 def test_what_is_no_checkpoint_of_ours_is_refused_with_a_sentence(tmp_path):
     file = tmp_path / "latest.pt"
@@ -481,7 +525,10 @@ def test_the_random_stream_is_a_function_of_seed_step_and_rank():
 
 @pytest.mark.parametrize("end, code, line", [
     (partial(common.check_range, "--lam", 7, 0, 1), 2, "error: --lam 7 is out of range: from 0 to 1\n"),
+    (partial(common.check_range, "--mel-std", math.nan, 0, 1), 2,
+     "error: --mel-std nan is out of range: from 0 to 1\n"),
     (partial(signal.raise_signal, signal.SIGINT), 130, ""),
+    (partial(signal.raise_signal, signal.SIGHUP), 129, ""),
     (partial(signal.raise_signal, signal.SIGTERM), 143, "")])
 def test_a_command_ends_with_an_exit_code_at_most_one_line_and_its_group_gone_after_its_model(
         end, code, line, handlers, capsys, monkeypatch):
@@ -504,6 +551,34 @@ def test_a_fault_of_ours_keeps_its_traceback(handlers):
     with pytest.raises(ZeroDivisionError):
         common.main_guard(lambda: 1 / 0)
     common.main_guard(lambda: None)                            # and a good end ends quietly
+
+
+def test_a_hangup_that_is_ignored_as_under_nohup_stays_ignored(handlers):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    common.main_guard(partial(signal.raise_signal, signal.SIGHUP))
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+FAULT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import common, run, torch
+def main():
+    process = run.start_process("cpu")
+    model = process.wrap(torch.nn.Linear(2, 1))
+    model(torch.ones(1, 2)).sum().backward()
+    if process.rank == int(sys.argv[2]):
+        model = 1 / 0 + model
+    model(torch.ones(1, 2)).sum().backward()
+common.main_guard(main)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_of_ours_on_one_of_two_ranks_ends_with_its_traceback_and_does_not_hang(tmp_path, rank):
+    (tmp_path / "fault.py").write_text(FAULT)
+    done = command([sys.executable, "fault.py", str(ROOT), str(rank)], tmp_path, ranks=2, seconds=20)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 # ---- Pieces to copy -------------------------------------------------------------------------------------

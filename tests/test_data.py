@@ -142,7 +142,7 @@ def test_sound_is_the_mean_of_the_channels_at_the_rate_that_was_asked_for(tmp_pa
             wave = data.read_clip(path, start, 1.0, 1, 16, asked)["audio"]
             amplitude, frequency = amplitude_at(wave, 1000, asked)
             assert wave.shape == (asked,) and wave.dtype == np.float32
-            assert abs(amplitude - (np.mean(channels) or 0.5)) < 0.01          # where they cancel, the loudest
+            assert abs(amplitude - (np.mean(channels) or 0.5)) < 0.01       # where they cancel, the loudest
             assert abs(frequency - 1000) <= 2
 
 
@@ -208,7 +208,8 @@ def test_a_window_outside_is_padded_and_flagged_and_a_stream_that_a_clip_lacks_i
     wave = clip["audio"]
     assert clip["short"] is short
     there = start < 8                                                   # else nothing decodes in the window
-    assert (clip["has_video"], clip["has_audio"]) == ("sound" not in name and there, name != "silent.mp4" and there)
+    assert clip["has_video"] == (there and "sound" not in name)
+    assert clip["has_audio"] == (there and name != "silent.mp4")
     assert len(video) == count and video.dtype == np.uint8
     assert wave.shape == (round(seconds * 16000),) and wave.dtype == np.float32
     if "sound" not in name:                                             # the nearest frame
@@ -532,7 +533,8 @@ def test_another_clip_is_drawn_for_one_that_cannot_fill_a_view_and_counted(listi
     """Of these the two with both streams can fill a view of sound alone and one of pictures alone."""
     clips = data.Clips(listing, SMALL, four_views)
     items = [clips[epoch, index] for epoch in range(4) for index in range(4)]
-    assert {item["index"] for item in items} == {0, 2} and all(item["decoded"].any(-1).all() for item in items)
+    assert {item["index"] for item in items} == {0, 2}
+    assert all(item["decoded"].any(-1).all() for item in items)
     assert all((item["empty"] > 0) == (number % 2 == 1) for number, item in enumerate(items))
     assert data.collate(items)["empty"] == sum(item["empty"] for item in items)
     both = data.Clips(listing, SMALL, ONE_VIEW)                         # a view of both takes what there is
@@ -549,7 +551,7 @@ def test_20_unreadable_clips_in_a_row_end_the_run(tmp_path):
 def trouble(*bad, **flags):
     """What collate says of a batch: its flags as lists, no clip at all without flags."""
     index = torch.arange(len(flags.get("short", [])))
-    batch = {"bad": list(bad), "lost": 0, "index": index, "video": 0, "audio": 0}
+    batch = {"bad": list(bad), "empty": 1, "lost": 0, "index": index, "video": 0, "audio": 0}
     return batch | {key: torch.tensor(values) for key, values in flags.items()}
 
 
@@ -559,7 +561,7 @@ def test_troubles_names_each_bad_clip_once_and_stops_above_the_share(capsys):
     troubles.add(trouble("a: broken", "a: broken", **flags))
     troubles.add(trouble("a: broken", "b: broken", has_video=[False], has_audio=[True], short=[False]))
     troubles.add(trouble())                                             # two of twenty are a tenth, not more
-    assert troubles.row() == {"bad_clips": 2, "no_video": 2, "no_audio": 2, "short": 2}
+    assert troubles.row() == {"bad_clips": 2, "no_video": 2, "no_audio": 2, "short": 2, "empty": 3}
     printed = "".join(capsys.readouterr())
     assert printed.count("a: broken") == 1 and printed.count("b: broken") == 1
     with pytest.raises(UserError, match="3 of 20"):
@@ -572,7 +574,7 @@ def test_a_stream_that_no_view_asked_for_is_not_counted_as_missing(listing):
     troubles = data.Troubles(4)
     troubles.add(batch)
     assert "video" not in batch
-    assert troubles.row() == {"bad_clips": 0, "no_video": 0, "no_audio": 1, "short": 0}
+    assert troubles.row() == {"bad_clips": 0, "no_video": 0, "no_audio": 1, "short": 0, "empty": 0}
 
 
 @pytest.mark.parametrize("name, keys", [
@@ -864,7 +866,8 @@ def test_check_counts_what_lies_in_a_folder(tmp_path, clips, capsys):
     (tmp_path / "empty.mp4").touch()
     names = sorted(path.name for path in tmp_path.iterdir())
     (tmp_path / "train.csv").write_text("".join(f"{name} 0\n" for name in [*names, "gone.mp4"]))
-    for flags, found in (("folder", "folder: 5 clips found (no sub-folders, so no labels; left out: 1 .csv)\n"),
+    layout = "no sub-folders, so no labels; left out: 1 .csv"
+    for flags, found in (("folder", f"folder: 5 clips found ({layout})\n"),
                          ("kinetics400 --workers 1", "5 clips found, 1 listed but missing, 1 classes\n")):
         run_data(tmp_path, f"--check --data {flags}")
         printed = "".join(capsys.readouterr())

@@ -14,6 +14,8 @@ import os
 import shutil
 import signal
 import sys
+import time
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ import retrieval
 import run
 import visualize
 from common import UserError
-from conftest import FORK, ROOT, command, same, weights
+from conftest import FORK, ROOT, command, forked, same, weights
 from slow import random, shake
 
 import numpy as np
@@ -53,6 +55,7 @@ class Method(NamedTuple):
     masked: bool = True                 # hides tokens, has a teacher and a predictor
     together: bool = False              # the inputs of a mask set run through the encoder in one pass
     weighs: bool = False                # a clip trains what it has: a weight for each clip and input
+    replaces: bool = False              # has views of sound alone: another clip is drawn for a silent one
     tau: object = (0.9, 0.99)           # a momentum that moves the teacher within a few steps
 
     @property
@@ -66,22 +69,25 @@ AJEPA = Method(
               "--masking curriculum", "--masking curriculum --tf-removes time", "--loss l2", "--loss l1",
               "--loss cosine", "--pos sincos", "--mask-ratio 0.9 --block-aspect patch"),
     bad=(("--mask-ratio 1.5", "--mask-ratio 1.5 is out of range: from 0.01 to 0.99"),
+         ("--mask-ratio nan", "--mask-ratio nan is out of range"),
          ("--masking curriculum --mask-ratio 0.5", "the curriculum has ratios of its own"),
          ("--pred-dim 100", "--pred-dim 100: not a multiple of 32"),
          ("--pred-depth 0", "--pred-depth 0 is out of range"),
          ("--tf-removes time", "--tf-removes has no effect without --masking curriculum"),
          ("--masking random --block-aspect patch", "--block-aspect has no effect on --masking random"),
-         ("--data ssv2 --data-dir .", "--data ssv2 has no sound; mjepa.py --terms separate-video")))
+         ("--data ssv2 --data-dir .", "--data ssv2 has no sound; mjepa.py --terms separate-video")),
+    replaces=True)
 LEJEPA = Method(
     avjepa_lejepa, ("invariance", "sigreg"),
     variants=("--local dropout", "--local joint", "--local none", "--absent drop --local modality",
               "--absent drop --local dropout", "--absent drop --local joint"),
     bad=(("--frames 3", "frames, height, width (3, 48, 48) are not divisible by the tubelet (2, 16, 16)"),
          ("--seconds 0.1", "the mel (64, 6) is smaller than a patch (16, 16); raise --seconds"),
+         ("--mel-mean nan", "--mel-mean nan is out of range"), ("--lam nan", "--lam nan is out of range"),
          ("--accumulate 4", "less than 2 clips for each of 1 processes x 4 micro-batches"),
          ("--data esc50 --data-dir .", "--data esc50 has no pictures; ajepa.py trains on sound alone"),
          ("--data ssv2 --data-dir .", "--data ssv2 has no sound; mjepa.py --terms separate-video")),
-    masked=False)
+    masked=False, replaces=True)
 MJEPA = Method(
     mjepa, ("a", "v", "av", "a->v", "v->a", "a->av", "av->a", "v->av", "av->v"),
     variants=tuple(f"--terms {terms}" for terms in mjepa.TERMS) + ("--aligned",),
@@ -190,7 +196,7 @@ def batch_of(method, model, recipe, count, seed=0):
 
 
 def masks_of(method, model, recipe, count, step=0):
-    return method.script.draw_masks(7, step, 0, count, model.grids, recipe) if method.masked else None
+    return method.script.draw_masks(7, step, range(count), model.grids, recipe) if method.masked else None
 
 
 def weight_of(method, model, count):
@@ -216,8 +222,8 @@ GRIDS = {
 }
 
 
-def draw(method, grids, seed=0, step=0, rank=0, batch=4, flags=""):
-    return method.script.draw_masks(seed, step, rank, batch, grids, recipe_of(method, flags))
+def draw(method, grids, seed=0, step=0, places=range(4)):
+    return method.script.draw_masks(seed, step, places, grids, recipe_of(method))
 
 
 def modalities_of(name):
@@ -250,24 +256,24 @@ def test_visible_and_hidden_are_disjoint_and_complete_as_many_for_each_clip_and_
 
 
 @for_each(MASKED)
-def test_masks_are_a_function_of_seed_step_rank_and_clip_alone_as_many_on_all_ranks(method):
+def test_masks_are_a_function_of_seed_step_and_place_alone_so_those_of_two_ranks_are_those_of_one(method):
     grids = GRIDS["paper"]
-    keys = list(itertools.product((0, 1), (0, 1, 7), (0, 1, 3)))
-    first = {key: draw(method, grids, *key, batch=2) for key in keys}
-    for seed, step, rank in reversed(keys):
+    keys = list(itertools.product((0, 1), (0, 1, 7)))
+    first = {key: draw(method, grids, *key, range(6)) for key in keys}
+    for number, (seed, step) in enumerate(reversed(keys)):
         np.random.seed(1)
-        torch.manual_seed(rank)
-        again = draw(method, grids, seed, step, rank, batch=4)                  # nor of the batch
-        for mask_set, other, of_main in zip(first[seed, step, rank], again, first[seed, step, 0]):
-            assert mask_set.keys() == other.keys()
-            for name, pair in mask_set.items():
-                assert same(pair, tuple(x[:2] for x in other[name]))
-                assert pair[1].shape == of_main[name][1].shape
-    for name in first[keys[0]][0]:                     # no two clips, ranks, steps, seeds alike
+        torch.manual_seed(number)
+        for places in ([0, 2, 4], [1, 3, 5], [5]):
+            again = draw(method, grids, seed, step, places)
+            for mask_set, whole in zip(again, first[seed, step], strict=True):
+                assert mask_set.keys() == whole.keys()
+                for name, pair in mask_set.items():
+                    assert same(pair, tuple(x[places] for x in whole[name]))
+    for name in first[keys[0]][0]:                     # no two clips, steps, seeds alike
         rows = set()
         for masks in first.values():
             rows.update(map(tuple, masks[0][name][1].tolist()))
-        assert len(rows) == 2 * len(keys)
+        assert len(rows) == 6 * len(keys)
 
 
 @for_each(MASKED)
@@ -275,7 +281,7 @@ def test_the_last_row_and_column_is_hidden_as_often_as_the_first(method):
     """The mean difference of a clip's two edges is 0, within five standard errors: the clips of a step have
     as many hidden, but each in places of its own."""
     grids = GRIDS["wide"]
-    steps = [draw(method, grids, step=step, batch=8) for step in range(60)]
+    steps = [draw(method, grids, step=step, places=range(8)) for step in range(60)]
     for s, mask_set in enumerate(steps[0]):
         for name in mask_set:
             maps = [hidden_maps(name, masks[s][name][1], grids) for masks in steps]
@@ -293,7 +299,7 @@ def test_the_last_row_and_column_is_hidden_as_often_as_the_first(method):
 @for_each(MASKED)
 def test_no_two_draws_share_a_random_stream(method, monkeypatch):
     """numpy pads a seed with zeros, so a clip must not be numbered 0. A step's own streams are the same on
-    all ranks; a clip has one for each set, input and modality, on its rank alone."""
+    all ranks; a clip has one for each set, input and modality, at its place alone."""
     seen = []                                          # (step, rank, state of a stream at its start)
     real = np.random.default_rng
 
@@ -304,7 +310,7 @@ def test_no_two_draws_share_a_random_stream(method, monkeypatch):
 
     monkeypatch.setattr(np.random, "default_rng", spy)
     for step, rank in itertools.product(range(4), range(3)):
-        masks = draw(method, GRIDS["wide"], step=step, rank=rank, batch=5)
+        masks = draw(method, GRIDS["wide"], step=step, places=range(rank, 15, 3))
     users = {}
     for step, rank, state in seen:
         users.setdefault((step, state), []).append(rank)
@@ -538,6 +544,58 @@ def test_stopped_at_two_of_four_steps_and_continued_equals_four_steps_bit_for_bi
         assert all(row[name] == other[name] for name in row.keys() - {"ms_data", "ms_step"})
 
 
+def start(argv, folder):
+    """A script in a process of its own, forked off this one; its pid and the file of what it says."""
+    said = open(folder / "said.txt", "w+b")
+    pid = os.fork()
+    if pid == 0:
+        forked(argv, folder, said, said)
+    return pid, said
+
+
+def worker_of(pid, log, seconds=30):
+    """The data worker of a training process that has logged a step."""
+    until = time.time() + seconds
+    while time.time() < until:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if children and log.is_file() and log.read_text():
+            return int(children[0])
+        time.sleep(0.02)
+    raise TimeoutError(log)
+
+
+WORKER = {                                             # what happens to it, to the run, its code and sentence
+    "stopped": (signal.SIGSTOP, signal.SIGTERM, 0, "the same command goes on from there"),
+    "hung up": (signal.SIGSTOP, signal.SIGHUP, 0, "the same command goes on from there"),
+    "killed": (signal.SIGKILL, None, 2, "error: a data worker was killed, most often for want of memory"),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir() or not FORK, reason="looks for it in /proc")
+@pytest.mark.parametrize("name", WORKER)
+def test_a_command_whose_data_worker_stops_or_dies_ends_in_a_sentence_with_the_last_step_saved(
+        toy, name, tmp_path):
+    to_worker, to_run, code, sentence = WORKER[name]
+    more = "--steps 100000 --save-every 100000 --workers 1 --size nano --batch-size 4"
+    pid, said = start([str(ROOT / "ajepa.py"), *flags_of(toy, tmp_path / "run", more)], tmp_path)
+    try:
+        os.kill(worker_of(pid, tmp_path / "run" / "log.jsonl"), to_worker)
+        time.sleep(0.3)                                # until what it has decoded is used up
+        began = time.time()
+        if to_run:
+            os.kill(pid, to_run)
+        status = os.waitpid(pid, 0)[1]
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    assert os.waitstatus_to_exitcode(status) == code and time.time() - began < 15
+    said.seek(0)
+    text = said.read().decode()
+    step = run.read_log(tmp_path / "run")[-1]["step"] + 1
+    assert sentence in text and f"latest.pt holds step {step} of 100000" in text and "Traceback" not in text
+    assert weights(tmp_path / "run")["step"] == step
+
+
 @for_each(PAPERS)
 def test_the_flag_checkpoint_activations_trains_and_reaches_all_blocks(toy, quick, method, tmp_path):
     for checkpoint in (False, True):
@@ -563,7 +621,8 @@ def test_a_step_without_any_sound_is_counted_and_the_run_goes_on(toy, clips, qui
     folder = silent_folder(toy, clips, tmp_path / "clips", {1, 2, 3})
     method.script.main(flags_of(folder, tmp_path / "run", "--batch-size 2"))
     rows = run.read_log(tmp_path / "run")
-    assert [row["no_audio"] for row in rows] == [1, 3, 3, 3]
+    assert [row["no_audio"] for row in rows] == ([0, 0, 0, 0] if method.replaces else [1, 3, 3, 3])
+    assert (rows[0]["empty"] >= 1 and rows[1]["empty"] >= 3) == method.replaces
     assert all(np.isfinite(list(row.values())).all() and row["grad_norm"] > 0 for row in rows)
     for row, term in itertools.product(rows, method.terms if method.weighs else ()):
         silent = row["step"] == 1 and term != "v"
@@ -656,15 +715,13 @@ def test_two_processes_are_one_on_the_joined_batch_in_loss_and_gradient(
     assert all(torch.equal(saved["model"][key], p) for key, p in a["weights"].items())
     monkeypatch.setattr(run, "start_process", lambda device: CPU)
     plain_projector(monkeypatch)
-    if method.masked:
-        monkeypatch.setattr(method.script, "draw_masks", joined(method.script.draw_masks))
     other, = run.read_log(ranks / name)
     for accumulate in (1, 4) if method.masked else (1,):
         out = tmp_path / str(accumulate)
         more = f"--steps 1 --batch-size 8 --accumulate {accumulate} {flags}"
         method.script.main(flags_of(ranks / "clips", out, more))
         row, = run.read_log(out)
-        assert row["no_audio"] == 4
+        assert row["no_audio"] == other["no_audio"] and (row["no_audio"] == 4) != method.replaces
         for key in row:
             if key.startswith(("loss", "std/", "rank/", "kept/", "grad_norm", "lr", "tau")):
                 assert other[key] == pytest.approx(row[key], rel=1e-4), key
@@ -672,20 +729,6 @@ def test_two_processes_are_one_on_the_joined_batch_in_loss_and_gradient(
             gradient = state["exp_avg"]                # .1 of it
             distance = (saved["optimizer"]["state"][number]["exp_avg"] - gradient).norm()
             assert distance <= 1e-3 * gradient.norm() + 1e-7, number
-
-
-def joined(draw_masks):
-    """draw_masks of one process whose clips are in turn those of two."""
-    def draw_both(seed, step, rank, batch, *more, **named):
-        first, second = (draw_masks(seed, step, r, batch // 2, *more, **named) for r in (0, 1))
-        masks = []
-        for one, two in zip(first, second):
-            masks.append({})
-            for name in one:
-                turns = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(one[name], two[name])]
-                masks[-1][name] = tuple(turns)
-        return masks
-    return draw_both
 
 
 # ---- a checkpoint ----------------------------------------------------------------------------------------
@@ -706,6 +749,9 @@ REFUSED = {
     "method": (dict(name="other"), "is a checkpoint of other, not of {name}"),
     "version": ("0.1.0+abc", "is of version 0.1.0+abc of the code"),
     "recipe": ({"lr": 7.0}, "the run there has lr 7.0 (now"),
+    "step": (900, "it is at step 900 of 4"),
+    "inputs": ({"colour": 1}, "its inputs have a field 'colour'"),
+    "optimizer": ({"param_groups": []}, "its optimiser state is of another version of the code"),
 }
 
 
@@ -716,7 +762,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence_and_kept(
     value, sentence = REFUSED[key]
     out = shutil.copytree(finished[method.name], tmp_path / "run")
     content = weights(out)
-    content[key] = value if key == "version" else content[key] | value
+    content[key] = content[key] | value if isinstance(value, dict) else value
     if key == "version":                               # the first one wrote the method's name alone
         content["method"] = method.name
     torch.save(content, out / "latest.pt")
@@ -733,6 +779,7 @@ BAD = [                                                # flags that all share: e
     ("--lr -1", "--lr -1.0 is out of range"),
     ("--size colossal", "--size colossal: unknown ViT"),
     ("--device cuda:99", "--device cuda:99: this machine or this torch does not have it"),
+    ("--device meta", "--device meta: nothing of ours runs there; use cpu, mps, cuda or auto"),
     ("--accumulate 3", "is not divisible by 1 processes x 3 micro-batches"),
     ("--batch-size 100000", "--batch-size 100000 is larger than the set (24 clips)"),
     ("--data-dir nowhere", "--data-dir nowhere: there is no such folder"),

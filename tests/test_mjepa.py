@@ -2,6 +2,7 @@
 import functools
 import math
 import shutil
+import signal
 
 import ajepa
 import common
@@ -10,7 +11,7 @@ import mjepa
 import run as runs
 import slow
 from common import UserError
-from conftest import StopAfter, same, weights
+from conftest import same, weights
 from mjepa import MJEPA, TERMS, WITHIN
 from slow import is_uniform, quicken, record, small_batch, train
 
@@ -31,7 +32,7 @@ def test_the_blocks_of_a_sound_have_the_areas_and_the_aspects_of_a_jepa(monkeypa
     calls = record(monkeypatch, common, "block_size")
     recipe = recipe_of("--terms", "separate-audio")
     for step in range(40):
-        mjepa.draw_masks(4, step, 0, 4, {"audio": (8, 64)}, recipe)
+        mjepa.draw_masks(4, step, range(4), {"audio": (8, 64)}, recipe)
     h, w = np.array([size for _, size in calls]).T
     assert (h * w >= 0.15 * 512 - h / 2).all()         # the width is rounded last
     assert (h * w <= 0.2 * 512 + h / 2).all()
@@ -116,7 +117,7 @@ def term_gradients(model, batch):
     weight = {name: torch.full((3,), 1 / 3) for name in WITHIN}
     with pytest.MonkeyPatch.context() as patch:
         calls = record(patch, mjepa, "mean_loss")
-        model(batch, mjepa.draw_masks(5, 0, 0, 3, grids, recipe_of()), weight, 0)
+        model(batch, mjepa.draw_masks(5, 0, range(3), grids, recipe_of()), weight, 0)
     losses = [loss for _, loss in calls if loss.requires_grad]                  # not those of knowing nothing
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = {}
@@ -259,8 +260,11 @@ def test_a_run_with_init_goes_on_when_its_first_checkpoint_is_gone_but_not_from_
     first = shutil.copytree(begun, tmp_path / "first")
     flags = ["--steps", 2, "--init", first]
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "StopSignal", lambda: StopAfter(1))
+        patch.setattr(runs.Run, "note", lambda self, *shown: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(runs.Run, "clip", lambda self: 1.0)
+        patch.setattr(runs.Run, "log", lambda self, step, **values: None)
         train(mjepa, toy, tmp_path / "run", *flags)
+    assert weights(tmp_path / "run")["step"] == 1
     shutil.rmtree(first)
     train(mjepa, toy, tmp_path / "run", *flags)
     assert weights(tmp_path / "run")["step"] == 2

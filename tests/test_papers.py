@@ -48,7 +48,7 @@ def test_views_begin_anywhere_where_they_fit_and_those_of_a_short_clip_with_it(s
 @for_both
 def test_a_video_is_hidden_in_tubes_over_the_full_time_and_a_sound_is_not(script):
     for step in range(10):
-        for mask_set in script.draw_masks(0, step, 0, 4, GRIDS, recipe_of(script)):
+        for mask_set in script.draw_masks(0, step, range(4), GRIDS, recipe_of(script)):
             for name, (_, target) in mask_set.items():
                 grids = {m: GRIDS[m] for m in mjepa.INPUTS[name]}
                 for m, hidden in maps(target, grids).items():
@@ -71,7 +71,7 @@ def test_hidden_are_8_blocks_of_15_percent_and_2_of_70_of_one_size_a_step_but_fo
     for step in range(40):
         sizes.clear()
         unions.clear()
-        script.draw_masks(2, step, 0, 4, grids, recipe)
+        script.draw_masks(2, step, range(4), grids, recipe)
         chosen = [size for _, size in sizes]
         assert len(chosen) == (2 if m == "video" else 0)        # one size for all clips and blocks
         for s, (number, share) in enumerate(((8, 0.15), (2, 0.7))):
@@ -109,7 +109,7 @@ def test_the_blocks_of_a_sound_hide_60_to_75_percent_but_for_a_few_single_patche
     counts = []
     for step in range(50):
         calls.clear()
-        masks = script.draw_masks(0, step, 0, 4, {"audio": grid}, recipe)
+        masks = script.draw_masks(0, step, range(4), {"audio": grid}, recipe)
         own = calls[::2] if script is ajepa else calls         # what it targets, then what it hides
         assert len(own) == 4 * len(masks)
         for number, ((_, union, count), _) in enumerate(own):
@@ -249,7 +249,7 @@ def test_the_terms_of_a_batch_are_what_loops_over_its_clips_sets_and_tokens_comp
     """In float32, outside of autocast. The second clip has no sound, and the weights are no mean."""
     model, recipe = small_model(script, flag)
     batch = small_batch(3)
-    masks = script.draw_masks(5, 0, 0, 3, model.grids, recipe)
+    masks = script.draw_masks(5, 0, range(3), model.grids, recipe)
     weight = {"a": torch.tensor([0.5, 0, 0.25]), "v": torch.tensor([0.2, 0.3, 0.4]),
               "av": torch.tensor([0.7, 0, 0.6])}
     if script is ajepa:                                # has no clips without sound

@@ -160,7 +160,7 @@ def test_imagined_are_the_contexts_tokens_where_a_patch_is_visible_and_else_the_
     vit = model.context_encoder
     clips = {m: random(2, common.CHANNELS[m], *vit.shape[m], seed=len(m)) for m in modalities}
     for step, b in itertools.product((4, 5), range(2)):     # the mask sets in turn
-        masks = SCRIPTS[name].draw_masks(5, step, 0, 2, vit.grids, recipe)
+        masks = SCRIPTS[name].draw_masks(5, step, range(2), vit.grids, recipe)
         number = step % len(masks)
         tokens, hidden = pixels.imagine(model, masks, clips, step)
         mask_set = {}
@@ -262,7 +262,15 @@ def test_what_cannot_be_imagined_is_refused_in_a_sentence(runs, toy, tmp_path, m
     refused(runs["ajepa"], loose, "no clip is held out, .*; put them into two sub-folders")
     refused(runs["ajepa"], "--batch-size 25", "larger than the set")
     refused(runs["ajepa"], "--batch-size 1", "--batch-size 1 is out of range")
-    refused(runs["ajepa"], "--lr 11", "--lr 11.0 is out of range")
+    for word in ("11", "0", "nan", "inf"):
+        refused(runs["ajepa"], f"--lr {word}", f"--lr {float(word)} is out of range")
+    refused(runs["ajepa"], "--seed -1", "--seed -1 is out of range")
+    broken = shutil.copytree(runs["ajepa"], tmp_path / "broken")
+    content = common.load_checkpoint(broken)
+    content["model"]["predictor.head.weight"][0, 0] = math.nan
+    torch.save(content, broken / "latest.pt")
+    refused(broken, "", "clip .* of the set: what the encoder says of this clip is no finite number")
+    assert not (broken / "probe.jsonl").exists()
     item = data.Clips.item
     monkeypatch.setattr(data.Clips, "item", lambda self, *key: item(self, *key) | {"has_audio": False})
     refused(runs["mjepa"], "", "no training clip has audio; give another --modality")

@@ -2,13 +2,21 @@
 with gradients, logs and checkpoints: test_methods.py."""
 import functools
 import itertools
+import json
+import math
+import multiprocessing
 import os
+import resource
 import signal
+import threading
+import time
 import types
+from pathlib import Path
 
 import common
 import data
 import run
+from datasets import batches
 from run import Process
 
 import matplotlib.figure
@@ -17,7 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from conftest import CPU, FORK, METHOD, StopAfter, fails, free_port
+from conftest import CPU, FORK, METHOD, fails, free_port, same, weights
 
 
 # ---- Little: a method whose clips are numbers ----------------------------------------------------------
@@ -28,8 +36,9 @@ TABLE = {"size": ("nano", "nano", ""), "seconds": (1.0, 1.0, ""), "batch_size": 
 
 class Little(nn.Module):
     """Keeps what it is given."""
-    def __init__(self):
+    def __init__(self, dropout=0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.parts = dict(encoder=dict(size="nano", audio=dict(shape=(16, 16), patch=(16, 16))))
         self.encoder = common.ViT(**self.parts["encoder"]).requires_grad_(False)
         self.slope = nn.Parameter(torch.randn(2))
@@ -37,22 +46,28 @@ class Little(nn.Module):
 
     def forward(self, batch, masks, weight, tick):
         drawn = tuple(torch.rand(3).tolist())
-        self.given.append(dict(masks=masks, weight=weight, tick=tick, drawn=drawn))
+        self.given.append(dict(index=batch["index"], masks=masks, weight=weight, tick=tick, drawn=drawn))
         loss = weight * self.slope.square().sum()
+        if "audio" in batch:
+            loss = loss + batch["audio"].sum()
         return loss, {"loss/a": loss.detach()}
 
 
-def numbers(clips, order, workers, pin):
-    """In place of data.train_loader: nothing is decoded."""
-    for keys in order:
-        there = torch.ones(len(keys), dtype=torch.bool)
-        yield dict(index=there, has_audio=there, has_video=there, short=~there, bad=[], lost=0)
+def numbers(clips, order, workers, pin, ahead, at=None, then=None):
+    """In place of data.train_loader: nothing is decoded, and clip 3 is short. Before the micro-batch number
+    `at` comes then()."""
+    for number, keys in enumerate(order):
+        if number == at:
+            then()
+        index = torch.tensor([i for _, i in keys])
+        there = index >= 0
+        yield dict(index=index, has_audio=there, has_video=there, short=index == 3, bad=[], empty=0, lost=0)
 
 
-def draw_masks(step, rank):
-    """Masks that tell step, rank and row."""
-    rows = torch.arange(8)[:, None]
-    return [{"a": (1000 * step + 100 * rank + rows, -rows)}]
+def draw_masks(step, places):
+    """Masks that tell step and place."""
+    rows = torch.tensor(places)[:, None]
+    return [{"a": (1000 * step + rows, -rows)}]
 
 
 def read(*words):
@@ -61,8 +76,9 @@ def read(*words):
     return args, run.read_recipe(args, "little", TABLE)
 
 
-def train(out, *words, interrupt=None):
-    """Train a Little as the scripts' main does. Returns its model."""
+def train(out, *words, interrupt=None, dropout=0.0):
+    """Train a Little as the scripts' main does, with a SIGTERM in step number `interrupt`. Returns its
+    model."""
     (out / "clips").mkdir(parents=True, exist_ok=True)
     for number in range(16):
         (out / "clips" / f"{number:02d}.wav").touch()
@@ -70,13 +86,13 @@ def train(out, *words, interrupt=None):
     flags = ["--recipe", "toy", "--workers", 0, "--device", "cpu", "--log-every", 1]
     args, recipe = read(*where, *flags, *words)
     little = run.Run(METHOD, args, recipe)
-    model = little.build(Little)
+    model = little.build(Little, dropout)
     optimizer = torch.optim.SGD(model.parameters(), recipe["lr"])
     little.resume(model, optimizer)
-    little.begin(model, optimizer, data.Inputs(), None, functools.partial(draw_masks, rank=little.rank))
-    if interrupt:
-        little.stop = StopAfter(interrupt)
+    little.begin(model, optimizer, data.Inputs(), None, functools.partial(draw_masks, places=little.places))
     for step in little.steps():
+        if step + 1 == interrupt:
+            signal.raise_signal(signal.SIGTERM)
         for batch, masks, weight, tick in little.micro_batches(step):
             loss, shown = little.model(batch, masks, weight, tick)
             loss.backward()
@@ -107,6 +123,7 @@ def on_a_rank(rank, folder, port):
     stop = run.StopSignal()
     stop.came = rank == 1                                      # a SIGTERM may reach one process first
     found = dict(
+        folder=str(folder),
         place=(process.rank, process.world, process.main),
         any=[process.any(flag) for flag in (True, False, rank == 0, stop)],
         largest=process.largest(3 - rank),
@@ -114,8 +131,36 @@ def on_a_rank(rank, folder, port):
         main=process.from_main(lambda: f"of {rank}"),
         gathered=common.gather_ranks(torch.full((2, 1), float(rank))).flatten().tolist(),
         given=train(folder, "--accumulate", 2).given)
+    for name, then in ON_RANK_1.items():
+        if rank == 1:
+            data.train_loader = functools.partial(numbers, at=5, then=then)
+        found[name] = outcome(folder / name, "--accumulate", 2)
+        data.train_loader = numbers
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()                               # when DDP is gone, else gloo may hang
+
+
+def outcome(*words):
+    """The message of the error in which a training ends; None without one."""
+    try:
+        train(*words)
+    except common.UserError as e:
+        return str(e)
+    return None
+
+
+def wait_for(number):
+    """Wait for clips for a minute, and get a signal soon."""
+    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+    time.sleep(60)
+
+
+def no_memory():
+    raise common.UserError("a data worker was killed")
+
+
+# what comes to the second process in the midst of its third step's clips, while the first one trains
+ON_RANK_1 = {"signal": functools.partial(wait_for, signal.SIGTERM), "error": no_memory}
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +185,33 @@ def test_each_micro_batch_has_the_masks_of_its_own_clips_and_a_random_stream_of_
     for rank, found in enumerate(ranks):
         for tick, one in enumerate(found["given"]):
             context, target = one["masks"][0]["a"]
-            rows = torch.arange(8)[4 * (tick % 2):][:4, None]
-            assert torch.equal(context, 1000 * (tick // 2) + 100 * rank + rows) and torch.equal(target, -rows)
+            rows = torch.arange(rank, 8, 2)[2 * (tick % 2):][:2, None]
+            assert torch.equal(context, 1000 * (tick // 2) + rows) and torch.equal(target, -rows)
             assert one["tick"] == tick and one["weight"] == 0.5
             draws.add(one["drawn"])
     assert len(draws) == 2 * 4 * 2
+
+
+def test_a_clip_has_the_same_mask_in_any_number_of_processes_and_micro_batches(ranks, tmp_path):
+    def masks(found):
+        pairs = []
+        for one in found:
+            pairs += zip(one["index"].tolist(), one["masks"][0]["a"][0].flatten().tolist())
+        return sorted(pairs)
+
+    whole = masks(train(tmp_path).given)
+    assert masks(ranks[0]["given"] + ranks[1]["given"]) == whole and len(set(whole)) == 4 * 8
+
+
+def test_what_one_process_meets_ends_all_after_the_last_complete_step_which_is_saved(ranks):
+    first, second = ranks
+    folder = Path(first["folder"])
+    assert first["signal"] is second["signal"] is None
+    assert first["error"].startswith("another process of this run has met an error, and says which")
+    assert first["error"].endswith("latest.pt holds step 2 of 4, and the same command goes on from there")
+    assert second["error"] == "a data worker was killed; rank 0 says what is saved"
+    for name in ON_RANK_1:
+        assert weights(folder / name / "run")["step"] == 2
 
 
 def test_the_weights_are_a_mean_over_the_clips_of_the_step_that_have_all_that_an_input_needs():
@@ -180,8 +247,155 @@ def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint_and_a_fresh_one
     assert rows[:2] == first and [row["step"] for row in rows] == [0, 1, 2, 3] and rows[2]["loss"] != 9
     assert "going on at step 2 of 4" in capsys.readouterr().out
     assert not (tmp_path / "run" / "results.json").exists()
+    train(tmp_path / "whole")
+    counts = [row["short"] for row in run.read_log(tmp_path / "whole" / "run")]
+    assert [row["short"] for row in rows] == counts and counts[-1] == 2        # they go on
     train(tmp_path, "--fresh", "--steps", 1)
     assert [row["step"] for row in run.read_log(tmp_path / "run")] == [0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_wait_for_clips_at_once_and_the_run_goes_on_bit_for_bit(
+        tmp_path, monkeypatch, capsys, number):
+    began = time.time()
+    with monkeypatch.context() as patch:                       # in the midst of the clips of the third step
+        waits = functools.partial(numbers, at=5, then=functools.partial(wait_for, number))
+        patch.setattr(data, "train_loader", waits)
+        train(tmp_path / "a", "--accumulate", 2)
+    assert time.time() - began < 30                            # of 60
+    said = "latest.pt holds step 2 of 4, and the same command goes on from there"
+    assert said in capsys.readouterr().out and weights(tmp_path / "a" / "run")["step"] == 2
+    for folder in "ab":
+        train(tmp_path / folder, "--accumulate", 2)
+    one, two = (weights(tmp_path / folder / "run") for folder in "ab")
+    assert same(one["model"], two["model"]) and same(one["optimizer"], two["optimizer"])
+
+
+@pytest.mark.parametrize("words, interrupt, advice", [
+    ([], 1, "nothing of this run is saved in {out} yet"),
+    (["--fresh"], 2, "holds step 2 of 4, and the same command without --fresh goes on from there"),
+    (["--resume", "first.pt"], 3, "holds step 3 of 4, and the same command without --resume goes on")])
+def test_what_a_stopped_run_says_of_its_checkpoint_is_true(
+        tmp_path, monkeypatch, capsys, words, interrupt, advice):
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path / "first", interrupt=2)
+    os.rename(tmp_path / "first" / "run" / "latest.pt", "first.pt")
+    if interrupt == 1:                                         # while the first clips are waited for
+        stops = functools.partial(numbers, at=0, then=functools.partial(signal.raise_signal, signal.SIGTERM))
+        monkeypatch.setattr(data, "train_loader", stops)
+    train(tmp_path, *words, interrupt=interrupt)
+    assert advice.format(out=tmp_path / "run") in capsys.readouterr().out
+    if interrupt > 1:
+        train(tmp_path)
+        assert f"going on at step {interrupt} of 4" in capsys.readouterr().out
+
+
+def full(size):
+    """From now on no file can be written beyond `size` bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def disk():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size, file", [(20_000, "latest.pt"), (1, "log.jsonl")])
+def test_a_full_disk_ends_the_run_in_a_sentence_and_leaves_the_older_checkpoint(
+        tmp_path, monkeypatch, capsys, disk, size, file):
+    # capsys: pytest's own capture writes files, too
+    fills = functools.partial(numbers, at=2, then=functools.partial(full, size))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "train_loader", fills)
+        message = fails(train, tmp_path, "--save-every", 1)
+    assert f"run/{file}: cannot be written (File too large)" in message
+    assert message.endswith("latest.pt holds step 2 of 4, and the same command goes on from there")
+    full(resource.RLIM_INFINITY)
+    assert weights(tmp_path / "run")["step"] == 2
+    assert not list((tmp_path / "run").glob("*.part")) + list((tmp_path / "run").glob(".*.part"))
+    train(tmp_path)
+    assert "going on at step 2 of 4" in capsys.readouterr().out
+
+
+def test_a_full_disk_at_the_end_leaves_a_whole_run_that_says_so(tmp_path, monkeypatch, capsys, disk):
+    def draw(file, *more):
+        full(100)
+        file.write(bytes(200))
+
+    monkeypatch.setattr(run, "draw_curves", draw)
+    message = fails(train, tmp_path)
+    assert "curves.png or results.json cannot be written (File too large)" in message
+    full(resource.RLIM_INFINITY)
+    assert weights(tmp_path / "run")["step"] == 4 and "latest.pt is whole" in message
+
+
+def test_a_loss_that_is_not_finite_names_the_clip_to_blame_and_what_is_kept(tmp_path, monkeypatch):
+    clip = np.random.default_rng((0, 0)).permutation(16)[12]   # of the second step
+
+    def loader(clips, order, *more):
+        for batch in numbers(clips, order, *more):
+            mels = torch.zeros(2 * 8, 1, 4, 4)                 # of two of the three views of each clip
+            mels[1::2][batch["index"] == clip] = math.nan
+            present = torch.tensor([[True, True], [True, False], [False, True]]).expand(8, 3, 2)
+            yield {**batch, "audio": mels, "present": present}
+
+    def explode(self, *given):
+        loss, shown = forward(self, *given)
+        return math.inf * loss, shown
+
+    forward = Little.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "train_loader", loader)
+        message = fails(train, tmp_path, "--save-every", 1)
+    assert f"the mel of {tmp_path}/clips/{clip:02d}.wav is not finite at step 1" in message
+    assert "latest.pt holds step 1 of 4" in message
+    monkeypatch.setattr(Little, "forward", explode)
+    message = fails(train, tmp_path, "--fresh")
+    assert "the loss or its gradient is not finite at step 0, while the clips are" in message
+    assert f"nothing of this run is saved in {tmp_path}/run yet" in message
+
+
+def test_weights_that_are_not_finite_are_not_saved_over_those_that_are(tmp_path, monkeypatch):
+    step = torch.optim.SGD.step
+
+    def break_third(self):
+        step(self)
+        steps.append(1)
+        if len(steps) == 3:
+            self.param_groups[0]["params"][-1].data.fill_(math.inf)
+
+    steps = []
+    monkeypatch.setattr(torch.optim.SGD, "step", break_third)
+    message = fails(train, tmp_path, "--save-every", 1)
+    assert "the weights are not finite after step 3" in message and "holds step 2 of 4" in message
+    assert weights(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_run_that_goes_on_with_other_processes_says_so_where_that_makes_it_another_run(
+        tmp_path, capsys, dropout):
+    train(tmp_path, interrupt=2, dropout=dropout)
+    for world, said in ((1, False), (2, dropout > 0), (None, False)):
+        content = weights(tmp_path / "run")
+        content["world"] = world
+        if world is None:                                      # of an older version
+            del content["world"]
+        torch.save(content, tmp_path / "run" / "latest.pt")
+        train(tmp_path, dropout=dropout, interrupt=3)
+        assert ("going on with 1 processes where there were 2" in capsys.readouterr().out) == said
+
+
+def test_a_checkpoint_whose_optimiser_does_not_fit_is_refused(tmp_path):
+    train(tmp_path, "--steps", 1)
+    content = weights(tmp_path / "run")
+    state = content["optimizer"]
+    moments = {0: {"momentum_buffer": torch.zeros(3)}}
+    wrong = [{}, {"state": {}, "param_groups": 1}, {**state, "param_groups": []}, {**state, "state": moments}]
+    for other in wrong:
+        torch.save({**content, "optimizer": other}, tmp_path / "run" / "latest.pt")
+        fails(train, tmp_path, "--steps", 1, match="its optimiser state")
 
 
 def test_a_run_of_another_recipe_is_refused_by_all_that_differs(tmp_path):
@@ -308,6 +522,57 @@ def test_a_writer_that_is_killed_leaves_the_old_file_whole(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_of_two_writers_at_once_each_writes_a_whole_file(tmp_path):
+    def first(file):
+        file.write(b"fir")
+        run.replace_file(tmp_path / "x", lambda other: other.write(b"second"))
+        assert (tmp_path / "x").read_bytes() == b"second"
+        file.write(b"st")
+
+    run.replace_file(tmp_path / "x", first)
+    assert (tmp_path / "x").read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
+
+
+def hold(folder, ready):
+    """Lock a folder, with a child that outlives this process, and leave something half written."""
+    locked = run.lock_folder(folder)
+    (folder / ".latest.pt.0123.part").write_bytes(b"half")
+    child = os.fork()
+    if child:
+        ready.send(child)
+    time.sleep(60)
+    locked.close()
+
+
+@pytest.mark.skipif(not FORK, reason="forks")
+def test_a_folder_takes_one_run_at_a_time_and_is_free_when_that_is_killed(tmp_path):
+    mine, theirs = multiprocessing.Pipe()
+    other = multiprocessing.Process(target=hold, args=(tmp_path, theirs))
+    other.start()
+    child = mine.recv()
+    try:
+        message = fails(train, tmp_path.parent, "--out", tmp_path)
+        assert f"--out {tmp_path}: another run is writing there" in message
+    finally:
+        other.kill()
+        other.join()
+    run.lock_folder(tmp_path).close()                          # though its child lives
+    os.kill(child, signal.SIGKILL)
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+BROKEN = [b'{"step": 1, "lo', b"7", b"[]", b"null", b'{"loss": 1.0}', b'{"step": "1"}', b'{"step": 1.5}',
+          b'{"step": 1, "loss": null}', b'{"step": 1, "loss": "x"}', b"\xff\xfe", b"", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("line", BROKEN, ids=lambda line: repr(line[:20]))
+def test_a_broken_line_of_the_log_loses_no_row_but_its_own_and_is_said(tmp_path, capsys, line):
+    rows = [b'{"step": 0, "loss": 2.0}', b'{"step": 2, "loss": 1.0}']
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([rows[0], line, rows[1]]) + b"\n")
+    assert run.read_log(tmp_path) == [json.loads(row) for row in rows]
+    assert "1 of its 3 lines are no rows of a log and left out" in capsys.readouterr().out
+
+
 def test_rows_are_added_beside_a_checkpoint_and_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     assert run.read_log(tmp_path) == []
     for step, place in enumerate((tmp_path, tmp_path / "latest.pt")):
@@ -315,6 +580,8 @@ def test_rows_are_added_beside_a_checkpoint_and_a_last_line_that_was_cut_off_is_
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 2, "lo')
     assert run.read_log(tmp_path) == [{"step": 0}, {"step": 1}]
+    run.add_row(tmp_path, "log.jsonl", {"step": 2})            # on a line of its own
+    assert run.read_log(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2}]
     fails(run.add_row, tmp_path / "nowhere" / "latest.pt", "probe.jsonl", {}, match="could not be written")
 
 
@@ -346,25 +613,116 @@ def test_the_curves_show_each_column_over_the_steps_and_nothing_of_pyplots_chang
     assert dict(matplotlib.rcParams) == before
 
 
+# ---- Clips that do not come ------------------------------------------------------------------------------
+
+class Ends(torch.utils.data.Dataset):
+    """Numbers; a worker that comes to number 5 does something to itself."""
+    def __init__(self, act):
+        self.act = act
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        if i == 5:
+            self.act()
+        return {"index": i}
+
+
+def collate(items):
+    return {"index": torch.tensor([item["index"] for item in items]), "large": torch.zeros(300_000)}
+
+
+def no_room():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))       # of shared memory, too
+
+
+def signals(number):
+    return functools.partial(signal.raise_signal, number)
+
+
+NO_MEMORY = "--shm-size, such as 8g, or give --workers 0"
+WORKERS = {
+    "killed": (signals(signal.SIGKILL), "a data worker was killed, most often for want of memory"),
+    "segfault": (signals(signal.SIGSEGV), "a data worker ended by SIGSEGV"),
+    "bus error": (signals(signal.SIGBUS), NO_MEMORY),
+    "ends": (functools.partial(os._exit, 3), "a data worker ended with exit code 3"),
+    "hangs": (signals(signal.SIGSTOP), "no clips came from the 2 data workers for 1 s"),
+    "no shared memory": (no_room, NO_MEMORY),
+}
+
+
+@pytest.mark.skipif(not FORK, reason="a worker acts on itself")
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_that_dies_or_hangs_or_has_no_memory_ends_in_a_sentence(name, monkeypatch, capsys):
+    act, sentence = WORKERS[name]
+    poll = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(poll, "__defaults__", (0.2,))          # seconds between two looks at the workers: 5
+    monkeypatch.setattr(batches, "collate", collate)
+    if name == "hangs":
+        monkeypatch.setattr(batches, "WORD", 0.5)
+        monkeypatch.setattr(batches, "PATIENCE", 1)
+    handler = signal.getsignal(signal.SIGCHLD)
+    keys = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    came = []
+    loader = batches.Loader(Ends(act), 2, batch_sampler=keys, collate_fn=batches.share)
+    before = set(multiprocessing.active_children())
+    taken = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
+    with pytest.raises(common.UserError, match=sentence) as error:
+        for batch in taken:
+            came.append(batch["index"].tolist())
+    assert came == keys[:len(came)] and len(came) <= 2 and "\n" not in str(error.value)
+    assert ("no clips for 0.5 s" in capsys.readouterr().out) == (name == "hangs")
+    assert signal.getsignal(signal.SIGCHLD) == handler         # torch's would raise in the midst of a step
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode is not None
+
+
+def test_workers_that_cannot_be_started_are_a_sentence(monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")           # of a semaphore in /dev/shm
+
+    monkeypatch.setattr(multiprocessing, "Event", full)
+    assert "(No space left on device); lower --workers" in fails(iter, batches.Loader(Ends(None), 1))
+
+
+def test_a_fault_of_ours_in_a_worker_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError, match="in __getitem__"):
+        list(batches.Loader(Ends(lambda: 1 / 0), 1, batch_sampler=[[5]], collate_fn=batches.share))
+
+
 # ---- Processes and signals -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_signal_is_true_once_it_came_and_lets_a_second_ctrl_c_through(handlers, number):
+    before = signal.getsignal(number)
     stop = run.StopSignal()
     assert CPU.any(stop) is False
     os.kill(os.getpid(), number)
     assert CPU.any(stop) is True
-    again = signal.getsignal(number) == handlers[number]
+    again = signal.getsignal(number) == before
     assert again == (number == signal.SIGINT)                  # SLURM and torchrun each send a SIGTERM
     stop.release()                                             # after the loop signals are handled as before
+    assert signal.getsignal(number) == before
     assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_a_stop_signal_leaves_a_hangup_alone_that_is_ignored_as_under_nohup(handlers):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = run.StopSignal()
+    signal.raise_signal(signal.SIGHUP)
+    stop.release()
+    assert not stop and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch):
     def zeros(*args, **more):
         raise AssertionError("Torch not compiled with CUDA enabled")   # what such a torch raises
 
-    assert "--device potato" in fails(run.start_process, "potato")
+    for name in ("potato", "meta", "hpu", "", "cuda:²", "cuda:99999999999", "cpu:-1", "fpga"):
+        assert f"--device {name}: " in fails(run.start_process, name)
     monkeypatch.setattr(torch, "zeros", zeros)
     assert "--device cuda" in fails(run.start_process, "cuda")
 
@@ -413,7 +771,8 @@ def test_a_run_takes_the_column_of_its_recipe_with_the_flags_in_place_of_its_val
 
 @pytest.mark.parametrize("flag, value", [
     ("--lr", -1), ("--lr", "nan"), ("--batch-size", 1), ("--steps", -1), ("--steps", 0), ("--epochs", 0),
-    ("--seconds", 0), ("--accumulate", 0), ("--log-every", 0), ("--save-every", 0), ("--max-bad", 2),
-    ("--seed", -1), ("--workers", -1), ("--size", "colossal")])
+    ("--epochs", "nan"), ("--seconds", 0), ("--seconds", "nan"), ("--accumulate", 0), ("--log-every", 0),
+    ("--save-every", 0), ("--max-bad", 2), ("--max-bad", "nan"), ("--seed", -1), ("--workers", -1),
+    ("--size", "colossal")])
 def test_a_flag_out_of_range_is_refused_by_name(flag, value):
     assert flag in fails(read, flag, value)

@@ -50,8 +50,8 @@ RECIPE = {
     "n_mels":       (128,         64,             "code: 16 kHz, n_fft 400, Hamming 400, dB"),
     "hop":          (160,         320,            "code: samples from one mel frame to the next"),
     "mel_patch":    ((16, 16),    (16, 16),       "code: 128 x 801 -> 8 x 50 = 400 audio tokens (page)"),
-    # differs: theirs is on the attention weights, too, and not after GELU; theirs has a LayerNorm eps of 1e-5
-    "dropout":      (0.1,         0.0,            "code"),
+    "dropout":      (0.1,         0.0,            "code: embeddings, attention, outputs (Block)"),
+    "eps":          (1e-5,        1e-6,           "code: LayerNorms of the blocks"),
     "projector":    ((2048, 2048, 128), (512, 512, 16), "code: BatchNorm and GELU between the layers"),
     "lam":          (0.05,        0.05,           "code"),
     "slices":       (2048,        512,            "code"),
@@ -60,10 +60,10 @@ RECIPE = {
     "steps":        (None,        400,            "by the epochs"),
     "lr":           (5e-4,        2e-3,           "code"),
     "lr_end":       (1e-6,        1e-6,           "code"),
-    # differs: theirs begins at a tenth of the peak, ours at 0
     "warmup":       (0.15,        0.15,           "code: share of the steps"),
-    # differs: theirs decays all parameters, ours matrices only
+    "warmup_start": (0.1,         0.0,            "code: share of the peak"),
     "weight_decay": (0.05,        0.05,           "code"),
+    "decay_all":    (True,        False,          "code: on all parameters (toy: on matrices)"),
     "clip_grad":    (5.0,         5.0,            "code: norm of the gradient"),
 }
 # mean and std of the mel in dB (code; toy: data.py --stats); others have AudioSet's
@@ -77,8 +77,8 @@ def get_args(argv=None):
     add("--absent", choices=("zero", "drop"), default="zero",
         help="absent modality: input at zero (paper), or no tokens (LeAVJEPA)")
     add("--local", choices=("modality", "dropout", "joint", "none"), default="modality",
-        help="local views: one audio-only and one video-only (paper), each loses one at random, both keep "
-        "both, or no local views")
+        help="local views: one audio-only and one video-only (paper), each loses one or none at random, "
+        "both keep both, or no local views")
     add("--frames", type=int, help="video frames of a view (default: the recipe's)")
     add("--mel-mean", type=float,
         help="of the mel in dB over the data; see data.py --stats (default: the authors', by data set)")
@@ -118,9 +118,8 @@ def plan_views(rng, duration, seconds, local):
         views.append(view(None, video=False))
         views.append(view("random", audio=False))
     elif local == "dropout":
-        # differs: of theirs a quarter lose the video, a quarter the sound, half keep both; here a fair coin
-        for heads in rng.integers(2, size=2) == 1:
-            views.append(view("random", video=heads, audio=not heads))
+        for lost in rng.integers(4, size=2).tolist():  # code: a quarter lose the video, a quarter the sound
+            views.append(view("random", video=lost != 0, audio=lost != 1))
     elif local == "joint":
         views.append(view("random"))
         views.append(view("random"))
@@ -140,7 +139,8 @@ def encoder_config(recipe, inputs, checkpoint=False):
     video = dict(shape=(inputs.frames, inputs.size, inputs.size), patch=recipe["tubelet"])
     audio = dict(shape=(inputs.n_mels, inputs.mel_frames), patch=recipe["mel_patch"])
     return dict(size=recipe["size"], video=video, audio=audio, cls=True, absent=recipe["absent"],
-                norm_in=True, norm_out=False, dropout=recipe["dropout"], checkpoint=checkpoint)
+                norm_in=True, norm_out=False, dropout=recipe["dropout"], eps=recipe["eps"],
+                checkpoint=checkpoint)
 
 
 def make_model(recipe, inputs, checkpoint=False):
@@ -215,7 +215,8 @@ def invariance(z, num_global=2):
 def learning_rate(step, recipe):
     """Linear warm-up, then a cosine to lr_end."""
     warmup = max(1, round(recipe["warmup"] * recipe["steps"]))
-    return common.warmup_cosine(step, recipe["steps"], warmup, recipe["lr"], end=recipe["lr_end"])
+    start = recipe["warmup_start"] * recipe["lr"]
+    return common.warmup_cosine(step, recipe["steps"], warmup, recipe["lr"], start, recipe["lr_end"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def main(argv=None):
     check_batch(run, recipe)
     inputs = make_inputs(recipe)
     model = run.build(make_model, recipe, inputs, args.checkpoint_activations)
-    groups = common.weight_decay_groups(model, recipe["weight_decay"])
+    groups = common.weight_decay_groups(model, recipe["weight_decay"], recipe["decay_all"])
     optimizer = torch.optim.AdamW(groups)
     run.resume(model, optimizer)
     plan = functools.partial(plan_views, seconds=recipe["seconds"], local=args.local)

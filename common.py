@@ -51,13 +51,14 @@ CHANNELS = {"video": 3, "audio": 1}    # of an input; tokens stand in this order
 class Block(nn.Module):
     """Pre-norm transformer block: (B, N, D) -> (B, N, D).
 
-    checkpoint: keep only the input, and compute the rest again in the backward pass."""
-    def __init__(self, dim, heads, mlp, dropout=0.0, checkpoint=False):
+    dropout: on the attention's weights (not on a CPU), on its output, and on the MLP's. checkpoint: keep only
+    the input, and compute the rest again in the backward pass."""
+    def __init__(self, dim, heads, mlp, dropout=0.0, checkpoint=False, eps=1e-6):
         super().__init__()
         self.heads = heads
         self.checkpoint = checkpoint
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.fc1 = nn.Linear(dim, mlp)
@@ -71,15 +72,17 @@ class Block(nn.Module):
     def attend(self, q, k, v, mask):
         """(B, heads, N, d) -> the same; mask (B, 1, N, N), True: attend."""
         if q.device.type == "cpu":     # in float32: there the backward pass in bf16 takes three times as long
+            # differs (AV-JEPA): no dropout on the attention's weights, which would take a far slower path
             with torch.autocast("cpu", enabled=False):
                 return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
-        return F.scaled_dot_product_attention(q, k, v, mask)
+        dropout = self.dropout.p if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
 
     def compute(self, x, mask):
         q, k, v = self.split_heads(x)                                                  # each (B, heads, N, d)
         y = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)                       # (B, N, D)
         x = x + self.dropout(self.proj(y))
-        y = self.dropout(F.gelu(self.fc1(self.norm2(x))))                               # (B, N, mlp)
+        y = F.gelu(self.fc1(self.norm2(x)))                                             # (B, N, mlp)
         return x + self.dropout(self.fc2(y))
 
     def forward(self, x, mask=None):
@@ -139,10 +142,11 @@ class ViT(nn.Module):
     patch=(f, t)) or None; what is left over of a mel at the end is cut off. absent: 'zero' runs all tokens
     with the input of the absent modality at zero, 'drop' leaves its tokens out. norm_in: LayerNorm on the
     tokens before the first block; norm_out: after the last. levels: indices of inner blocks whose output
-    has a LayerNorm of its own.
+    has a LayerNorm of its own. dropout: on the tokens before the first block, and in each block (Block).
+    eps: of the LayerNorms in the blocks.
     """
     def __init__(self, size, video=None, audio=None, cls=False, positions="factorised", absent="drop",
-                 norm_in=False, norm_out=True, dropout=0.0, checkpoint=False, levels=()):
+                 norm_in=False, norm_out=True, dropout=0.0, checkpoint=False, levels=(), eps=1e-6):
         super().__init__()
         dim, depth, heads, mlp = SIZES[size]
         self.dim = dim
@@ -174,7 +178,8 @@ class ViT(nn.Module):
         self.stems = stems
         self.norm_in = nn.LayerNorm(dim, eps=1e-6) if norm_in else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp, dropout, checkpoint) for _ in range(depth))
+        blocks = [Block(dim, heads, mlp, dropout, checkpoint, eps) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm_out = nn.LayerNorm(dim, eps=1e-6) if norm_out else nn.Identity()
         self.norms = nn.ModuleDict({str(level): nn.LayerNorm(dim, eps=1e-6) for level in levels})
         self.apply(self.init_weights)
@@ -444,15 +449,15 @@ def health(z):
     return z.std(0).mean().item(), torch.exp(entropy).item()
 
 
-def weight_decay_groups(module, weight_decay):
+def weight_decay_groups(module, weight_decay, everywhere=False):
     """AdamW groups: decay on the weights of linear maps and convolutions, none on biases, norms, positions
-    and learned tokens."""
+    and learned tokens; or, everywhere, on all of them."""
     decayed = []
     spared = []
     for name, p in module.named_parameters():
         if p.requires_grad:
             matrix = name.endswith("weight") and p.ndim >= 2
-            (decayed if matrix else spared).append(p)
+            (decayed if matrix or everywhere else spared).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import METHOD, ROOT, command, fails, same, write_checkpoint
-from slow import block_parameters, layer_norm, placements, random
+from slow import block_parameters, layer_norm, placements, random, record
 
 VIDEO = dict(shape=(4, 16, 16), patch=(2, 8, 8))               # 2 x 2 x 2 = 8 tokens
 AUDIO = dict(shape=(8, 22), patch=(4, 4))                      # 2 x 5 = 10 tokens, two columns are left over
@@ -128,6 +128,63 @@ def test_a_block_attends_to_what_its_mask_allows():
     x = random(2, 5, 12)
     mask = torch.eye(5, dtype=torch.bool) | (torch.rand(2, 1, 5, 5) < 0.6)
     torch.testing.assert_close(block(x, mask), torchs_own(block, x, mask)[0], atol=1e-5, rtol=1e-5)
+
+
+def slow_block(block, x, p, eps):
+    """As a pre-norm block with dropout p on what the attention and the MLP add, drawn in this order."""
+    dim = x.shape[-1]
+    y = layer_norm(x, block.norm1, eps) @ block.qkv.weight.T + block.qkv.bias
+    parts = [part.chunk(block.heads, -1) for part in y.split(dim, -1)]
+    heads = []
+    for q, k, v in zip(*parts):                                # each (B, N, d)
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        heads.append(scores.softmax(-1) @ v)
+    y = torch.cat(heads, -1) @ block.proj.weight.T + block.proj.bias
+    x = x + y * F.dropout(torch.ones_like(y), p)
+    y = layer_norm(x, block.norm2, eps) @ block.fc1.weight.T + block.fc1.bias
+    y = y * (1 + torch.erf(y / math.sqrt(2))) / 2              # GELU, and no dropout
+    y = y @ block.fc2.weight.T + block.fc2.bias
+    return x + y * F.dropout(torch.ones_like(y), p)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.1])
+def test_on_a_cpu_a_block_has_dropout_on_what_the_attention_and_the_mlp_add_and_nowhere_else(eps):
+    block = common.Block(12, 3, 20, dropout=0.3, eps=eps)
+    x = random(2, 5, 12)
+    outputs = {}
+    for p in (0.3, 0.0):
+        block.train(p > 0)
+        torch.manual_seed(5)
+        outputs[p] = block(x)
+        torch.manual_seed(5)
+        torch.testing.assert_close(outputs[p], slow_block(block, x, p, eps), atol=1e-5, rtol=1e-5)
+    assert (outputs[0.3] - outputs[0.0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("device, weights", [("cpu", 0.0), ("meta", 0.3)])
+def test_the_attentions_weights_have_dropout_in_training_on_any_device_but_a_cpu(
+        device, weights, monkeypatch):
+    calls = record(monkeypatch, F, "scaled_dot_product_attention")
+    block = common.Block(12, 3, 20, dropout=0.3).to(device)
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device=device)
+    for given in (None, mask):
+        for training in (True, False):
+            block.train(training)(random(2, 5, 12).to(device), given)
+            (q, k, v, masked, *p), _ = calls.pop()
+            assert not calls and q.device.type == device and masked is given
+            assert sum(p) == (weights if training else 0)
+
+
+def test_the_tokens_have_dropout_after_their_norm_and_before_the_first_block():
+    vit = nano_vit(norm_in=True, dropout=0.3).train().requires_grad_(False)
+    vit.norm_in.bias.normal_(2.0)                              # else a norm of what is dropped could pass
+    x = random(2, 3, DIM)
+    torch.manual_seed(5)
+    found = vit.start(x)
+    tokens = torch.cat([vit.cls.expand(2, 1, DIM), x], 1)
+    torch.manual_seed(5)
+    keep = F.dropout(torch.ones_like(tokens), 0.3)
+    torch.testing.assert_close(found, keep * layer_norm(tokens, vit.norm_in), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layer, more", [(-1, {}), (1, dict(cls=False)), (0, dict(norm_in=True))])
@@ -339,6 +396,9 @@ def test_weight_decay_takes_linear_maps_and_convolutions_and_spares_all_else():
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for p in spared["params"]} == trained - maps
     assert len(decayed["params"]) + len(spared["params"]) == len(trained)
+    decayed, spared = common.weight_decay_groups(model, 0.05, everywhere=True)
+    assert {id(p) for p in decayed["params"]} == trained and len(decayed["params"]) == len(trained)
+    assert not spared["params"]
 
 
 # ---- A checkpoint's encoder ----------------------------------------------------------------------------

@@ -350,7 +350,7 @@ RECIPES = [                                            # beside what FORMULAS.md
      dict(size=224, frames=16, mel_frames=192, video_seconds=None, window="hann", win_length=2048,
           log="db_max", frame_rate=30)),
     (avjepa_lejepa, dict(size="base", frames=16, image=224, resize=256, crop_scale=(0.4, 1.0), steps=None,
-                         mel_mean=-17.977, mel_std=24.468, absent="zero", local="modality"),
+                         mel_mean=-17.977, mel_std=24.468, absent="zero", local="modality", decay_all=True),
      dict(frames=16, mel_frames=801))]
 
 

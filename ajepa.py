@@ -33,10 +33,12 @@ METHOD = dict(
     name="ajepa",
     title="A-JEPA",
     weights="context_encoder",     # evaluated; Sec. 8: or the teacher (probe.py --encoder target)
-    linear=dict(lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
-    attentive=dict(head="attentive", lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
-    # Sec. 8: the two rates. unspecified: epochs, views, weight decay
-    finetune=dict(head="linear", lr=(1e-3,), encoder_lr=1e-5, smoothing=0.0, epochs=30, views=1),
+    protocol={
+        # of probe.py; unspecified: all the rest of it, for which probe.PROTOCOL stands
+        # name        frozen                     fine-tuned  source
+        "linear_lr":  ((1e-3, 1e-2, 1e-1, 1.0), (1e-3,),    "Sec. 8: fine-tuning, of the head"),
+        "encoder_lr": (0.0,                      1e-5,       "Sec. 8"),
+    },
 )
 
 # Sources. Sec.: that section of the published description of A-JEPA that we follow, for want of code;

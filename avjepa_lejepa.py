@@ -29,10 +29,39 @@ METHOD = dict(
     name="avjepa_lejepa",
     title="AV-JEPA",
     weights="encoder",
-    linear=dict(lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),              # authors' code: 1e-3
-    attentive=dict(head="attentive", lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
-    # authors' code, and 13 epochs (authors' page)
-    finetune=dict(head="linear", lr=(2e-4,), encoder_lr=1e-5, smoothing=0.1, epochs=13, views=6),
+    protocol={
+        # of probe.py
+        # name             frozen       fine-tuned   source
+        "linear":          ("linear",    "linear",    "code: LayerNorm with affine on CLS, then linear"),
+        "attentive":       ("attentive", "attentive", "code: a query over the tokens, LayerNorm, linear"),
+        "both":            (True,        True,        "code: side by side in one run, their losses summed"),
+        "linear_lr":       ((1e-3,),     (2e-4,),     "code"),
+        "attentive_lr":    ((1e-3,),     (2e-4,),     "code"),
+        "encoder_lr":      (0.0,         1e-5,        "code: .05 of the heads'"),
+        # unspecified: on matrices only
+        "weight_decay":    (0.0,         0.05,        "code: on the encoder, none on the heads"),
+        "warmup":          (0.05,        0.05,        "code: share of the steps, linear"),
+        "warmup_start":    (0.1,         0.1,         "code: share of the peak"),
+        "lr_end":          (1e-7,        1e-7,        "code: of the cosine"),
+        "clip_grad":       (1.0,         1.0,         "code: norm of the gradient"),
+        "smoothing":       (0.0,         0.1,         "code: where a clip has one label"),
+        # unspecified: for a frozen encoder
+        "pos_weight":      (True,        True,        "code: of several labels, negatives / positives"),
+        # differs: fine-tuning in their job has 4 x 160
+        "batch_size":      (512,         64,          "code"),
+        "batch_share":     (1.0,         1.0,         "code: of the set"),
+        "epochs":          (15,          13,          "code; page: 13 after AudioSet-2M"),
+        "epochs_vggsound": (15,          6,           "code; page: 6 after VGGSound alone"),
+        "least_steps":     (0,           0,           "code: so many epochs, however small the set"),
+        # unspecified: the training views of a frozen encoder, here as in fine-tuning
+        "train_views":     (None,        None,        "code: one of a clip, anew in each epoch"),
+        "train_starts":    ("random",    "random",    "code"),
+        "train_crop":      ("flip",      "flip",      "code: resize 256, centre crop, flip"),
+        "views":           (4,           6,           "code: of a test clip"),
+        "starts":          ("random",    "random",    "code"),
+        "resize":          ("crop",      "crop",      "code: short side 224, then centre crop"),
+        "average":         ("logits",    "logits",    "code: over the test views"),
+    },
 )
 
 # Sources. page: the authors' project page; code: their released code; digest: second-hand, a published

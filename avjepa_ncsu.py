@@ -34,11 +34,23 @@ METHOD = dict(
     name="avjepa_ncsu",
     title="AVJEPA (NC State)",
     weights="context_encoder",  # evaluated; differs: the code's are the teacher's (probe.py --encoder target)
-    linear=dict(lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
-    # differs: V-JEPA's head has a residual and an MLP, and reads eight segments of a clip at once
-    attentive=dict(head="attentive", lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
-    # unspecified: all of it, the paper's probes are frozen
-    finetune=dict(head="linear", lr=(1e-3,), encoder_lr=1e-5, smoothing=0.0, epochs=30, views=1),
+    protocol={
+        # of probe.py; unspecified: all the rest of it, for which probe.PROTOCOL stands, and fine-tuning
+        # name          frozen                      fine-tuned  source
+        "attentive":    ("cross",                   "cross",    "code: V-JEPA's, with residual and MLP"),
+        # unspecified: larger ones may tear the MLP apart
+        "attentive_lr": ((1e-4, 3e-4, 1e-3, 3e-3),  (1e-3,),    ""),
+        "clips":        (3_500,                     None,       "paper: to train the head"),
+        "test_clips":   (3_500,                     None,       "paper: to test it"),
+        "steps":        (6_020,                     None,       "paper: iterations"),
+        # unspecified: here that of pre-training
+        "batch_size":   (24,                        64,         ""),
+        "views":        (8,                         1,          "code: segments of a clip"),
+        "together":     (True,                      False,      "code: the head reads them all at once"),
+        "train_views":  (None,                      None,       "V-JEPA: anew in each epoch"),
+        "train_starts": ("random",                  "random",   "V-JEPA: in each eighth of the clip"),
+        "train_crop":   ("random",                  "random",   "V-JEPA: random resized crop, flip"),
+    },
 )
 
 # Sources. Sec.: that section of the paper; code: the authors'; V-JEPA: its code, of which theirs is a fork,

@@ -561,11 +561,11 @@ class FrozenEncoder(nn.Module):
     data.py delivers them -> tokens (B, N, D) of the modalities given, video first, and the clip embedding
     (B, D).
 
-    `.inputs` goes into data.load_clip; `.method` is what the method's script says of itself; `.projector`
-    maps the embedding to where the loss was taken, `.cross` holds the predictors from one input's embedding
-    to what `.teacher`, a FrozenEncoder, makes of another, by name ("a->v"): None for a method that has
-    none. layers: indices of blocks whose outputs stand side by side in D, instead of the last one's
-    alone."""
+    `.inputs` goes into data.load_clip; `.method` is what the method's script says of itself, `.args` the
+    flags of the run; `.projector` maps the embedding to where the loss was taken, `.cross` holds the
+    predictors from one input's embedding to what `.teacher`, a FrozenEncoder, makes of another, by name
+    ("a->v"): None for a method that has none. layers: indices of blocks whose outputs stand side by side in
+    D, instead of the last one's alone."""
     def __init__(self, vit, projector, content, layers=None, cross=None, teacher=None):
         super().__init__()
         self.vit = vit
@@ -576,6 +576,7 @@ class FrozenEncoder(nn.Module):
         self.dim = vit.dim * (len(layers) if layers else 1)
         self.inputs = content["inputs"]
         self.method = content["method"]
+        self.args = content["args"]
         self.step = content["step"]
         self.eval().requires_grad_(False)
 

@@ -39,11 +39,13 @@ METHOD = dict(
     name="mjepa",
     title="MJEPA",
     weights="context_encoder",     # unspecified: which are evaluated (V-JEPA 2's code: the teacher's)
-    linear=dict(lr=(1e-3, 1e-2, 1e-1, 1.0), views=4),
-    # digest: cross-attention, four blocks, linear. unspecified: the rates; larger ones tear the blocks apart
-    attentive=dict(head="blocks", lr=(1e-4, 3e-4, 1e-3, 3e-3), views=4),
-    # unspecified: all of it, the paper's probes are frozen
-    finetune=dict(head="linear", lr=(1e-3,), encoder_lr=1e-5, smoothing=0.0, epochs=30, views=1),
+    protocol={
+        # of probe.py; unspecified: all the rest of it, for which probe.PROTOCOL stands, and fine-tuning
+        # name          frozen                      fine-tuned  source
+        "attentive":    ("blocks",                  "blocks",   "digest: cross-attention, 4 blocks, linear"),
+        # unspecified: larger ones tear the blocks apart
+        "attentive_lr": ((1e-4, 3e-4, 1e-3, 3e-3), (1e-3,),     ""),
+    },
 )
 
 # Sources. abstract: the paper's; digest: second-hand, a published digest of the paper; tracker: the

@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 import common
 import data
+import features
 import probe
 import retrieval
 import run
 from common import UserError, main_guard
-from probe import MODALITIES
+from features import MODALITIES
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -461,7 +462,7 @@ def fit_decoder(decoder, decode, train, inputs, steps, batch_size, args, process
 
 def read_middles(listing, inputs, keys, batch, workers, label):
     """The batches of a listing's clips, one view in the middle of each."""
-    plan = probe.even_plan(1, inputs, keys)
+    plan = features.even_plan(1, inputs, keys)
     return data.eval_batches(listing, inputs, plan, batch, workers, data.Troubles(len(listing)), label)
 
 
@@ -475,7 +476,7 @@ def save_picture(file, listing, decode, decoder, inputs, workers, title):
         shown.append((path, decode(batch, number)))
     fig = draw_pixels(shown, inputs, decoder, title)
     advice = "the row of probe.jsonl is whole"
-    probe.write_file(file, lambda f: fig.savefig(f, format="png", dpi=100), advice)
+    features.write_file(file, lambda f: fig.savefig(f, format="png", dpi=100), advice)
 
 
 def main(argv=None):
@@ -489,7 +490,7 @@ def main(argv=None):
     model, draw_masks = restore(content, args.baseline == "untrained")
     vit = model.to(process.device).context_encoder
     inputs = data.Inputs(**content["inputs"])
-    modality, inputs = probe.choose_modality(args.modality, vit, inputs, content["method"], args.data)
+    modality, inputs = features.choose_modality(args.modality, vit, inputs, content["method"], args.data)
     keys = MODALITIES[modality]
     choose_inputs(model, keys)
     train, test = list_splits(args)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import common
 import data
-import probe
+import features
 import retrieval
 import run
 from common import UserError, check_range, main_guard
@@ -76,7 +76,7 @@ def folder_of(args):
 def write(args, name, fill):
     """fill(file) a file of that name; whoever is killed leaves the old one. Returns its path."""
     path = folder_of(args) / name
-    probe.write_file(path, fill, "give another --out")
+    features.write_file(path, fill, "give another --out")
     return path
 
 
@@ -712,10 +712,10 @@ def draw_pca(encoder, key, clips, heading):
 def encode_tokens(encoder, listing, inputs, modality, process, workers):
     """Of the clips that have what the modality needs: {their number in the listing: {"video" or "audio":
     (input (1, ...), tokens (N, D))}}."""
-    keys = probe.MODALITIES[modality]
+    keys = features.MODALITIES[modality]
     sizes = [encoder.vit.num("video")] if len(keys) == 2 else []            # the video's tokens come first
     found = {}
-    batches = probe.encode_clips(encoder, listing, inputs, [modality], 1, process, workers, "tokens", 1)
+    batches = features.encode_clips(encoder, listing, inputs, [modality], 1, process, workers, "tokens", 1)
     for index, given, outputs in batches:
         tokens, _ = outputs[modality]
         parts = tokens[0].float().cpu().tensor_split(sizes)                     # each (N, D)
@@ -725,9 +725,9 @@ def encode_tokens(encoder, listing, inputs, modality, process, workers):
 
 def pca(args, encoder, process, workers):
     """visualize.py pca: a figure for each modality."""
-    args.modality, inputs = probe.choose_modality(
+    args.modality, inputs = features.choose_modality(
         args.modality, encoder.vit, data.Inputs(**encoder.inputs), encoder.method, args.data)
-    keys = probe.MODALITIES[args.modality]
+    keys = features.MODALITIES[args.modality]
     listing = data.list_clips(args.data, args.data_dir, "test")
     classes = choose_clips(listing, args.classes, args.clips, args.seed)
     drawn = set()                                       # a clip may be of several classes
@@ -836,14 +836,14 @@ def embed_clips(encoder, listing, inputs, modalities, embedding, process, worker
     other; which clips of the listing these are (n,))."""
     index = []
     parts = {m: [] for m in modalities}
-    batches = probe.encode_clips(encoder, listing, inputs, modalities, 1, process, workers, "embed")
+    batches = features.encode_clips(encoder, listing, inputs, modalities, 1, process, workers, "embed")
     for part, _, outputs in batches:
         index += part.tolist()
         for m, (_, z) in outputs.items():
             z = z.float()                                                       # (B, D)
             if embedding == "projected":
                 z = encoder.projector(z)
-                retrieval.check_finite(z, probe.names_of(listing, part))
+                retrieval.check_finite(z, features.names_of(listing, part))
             parts[m].append(z.cpu())
     if len(index) < 5:
         raise UserError(f"{listing.name}: {len(index)} clips have all that {' and '.join(modalities)} needs; "
@@ -913,7 +913,7 @@ def map_clips(args, encoder, process, workers):
     inputs = data.Inputs(**encoder.inputs)
     modalities = ["audio", "video"]
     if not args.pairs:                                  # of pictures alone the seconds change
-        args.modality, inputs = probe.choose_modality(
+        args.modality, inputs = features.choose_modality(
             args.modality, encoder.vit, inputs, encoder.method, args.data)
         modalities = [args.modality]
     listing = data.list_clips(args.data, args.data_dir, "test")
@@ -1008,7 +1008,7 @@ def set_flags(add_data, add_run, add_method, clips, text):
     add_data("--data", required=True, help=", ".join(data.SETS))
     add_data("--clips", type=int, default=clips, help=text)
     add_run("--seed", type=int, default=0, help="of the choice of clips, and of t-SNE")
-    add_method("--modality", choices=tuple(probe.MODALITIES),
+    add_method("--modality", choices=tuple(features.MODALITIES),
         help="default: all that the encoder takes and the set has")
 
 

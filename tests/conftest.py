@@ -233,9 +233,13 @@ def fails(function, *args, match=None, error=common.UserError, **more):
 
 METHOD = dict(                                          # of a checkpoint that no script has written
     name="made_up", title="made up", weights="target_encoder",
-    linear=dict(lr=(1e-2, 1e-1), views=3),
-    attentive=dict(head="blocks", lr=(1e-3, 3e-3), views=3),
-    finetune=dict(head="linear", lr=(2e-3,), encoder_lr=1e-5, smoothing=0.1, epochs=2, views=2))
+    protocol={
+        "linear_lr": ((1e-2, 1e-1), (2e-3,), ""),
+        "attentive": ("blocks", "blocks", ""),
+        "attentive_lr": ((1e-3, 3e-3), (2e-3,), ""),
+        "smoothing": (0.0, 0.1, ""),
+        "epochs": (15, 2, ""),
+        "views": (3, 2, "")})
 INPUTS = data.Inputs(
     seconds=2.0, video_seconds=1.0, frames=2, size=16, resize=16, n_fft=512, n_mels=32, mel_mean=-40.0)
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-METHOD = dict(name="fifth_method", title="Mean", weights="target_encoder", linear=dict(lr=(0.1,), views=2))
+PROTOCOL = {"linear_lr": ((0.1,), (0.1,), ""), "views": (2, 2, "")}
+METHOD = dict(name="fifth_method", title="Mean", weights="target_encoder", protocol=PROTOCOL)
 VALUES = dict(size="nano", seconds=0.8, batch_size=4, epochs=None, steps=4, lr=1e-3, tau=0.9)
 RECIPE = {name: (value, value, "") for name, value in VALUES.items()}
 

@@ -1,5 +1,6 @@
-"""Measures, heads and retrieval say what they mean; which head, rates and views a probe takes."""
+"""Retrieval and probes say what they mean; which clips, heads, rates and views a probe takes."""
 import functools
+import inspect
 import json
 import shutil
 from argparse import Namespace
@@ -9,41 +10,23 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm, normalize, one_hot
 
+import ajepa
+import avjepa_lejepa
+import avjepa_ncsu
 import common
 import data
+import features
+import heads as kinds
+import mjepa
 import probe
 import retrieval
 from conftest import CPU, INPUTS, METHOD, fails, names, tone, write, write_checkpoint
-from slow import random
+from slow import random, record
 
 BOTH = ("a->v", "v->a", "a->av")
 
 
-# ---- measures ------------------------------------------------------------------------------------------
-
-def slow_map(scores, targets):
-    """Mean over classes of: for each positive, the share of positives among those at least as high."""
-    values = []
-    for s, y in zip(scores.T, targets.double().T):
-        precisions = [y[s >= own].mean().item() for own in s[y == 1]]
-        if precisions:
-            values.append(np.mean(precisions))
-    return np.mean(values), len(values)
-
-
-@pytest.mark.parametrize("levels", [1000, 4])
-def test_mean_average_precision_equals_a_slow_loop_also_with_ties_and_without_empty_classes(levels):
-    scores = (random(60, 7).sigmoid() * levels).round()
-    targets = (random(60, 7, seed=1) > 0.8).float()
-    targets[:, 3] = 0
-    value, counted = probe.mean_average_precision(scores, targets)
-    assert (value, counted) == (pytest.approx(slow_map(scores, targets)[0], abs=1e-9), 6)
-
-
-def test_the_accuracy_counts_no_ties():
-    assert probe.accuracy(torch.eye(4), torch.arange(4)) == 1
-    assert probe.accuracy(torch.zeros(10, 4), torch.arange(10) % 4) == 0
-
+# ---- measures of retrieval -----------------------------------------------------------------------------
 
 def test_recall_equals_a_slow_loop_and_rows_are_the_queries():
     scores = random(40, 40)
@@ -79,55 +62,50 @@ def test_in_class_recall_does_not_reward_the_class_alone():
     assert retrieval.recall_in_class(torch.eye(80), labels)[0] == 100
 
 
-def test_views_are_averaged_as_probabilities():
-    scores = random(5, 3, 4)
-    for many, turn in ((False, lambda x: x.softmax(-1)), (True, torch.sigmoid)):
-        expected = sum(turn(scores[:, view]) for view in range(3)) / 3
-        torch.testing.assert_close(probe.average(scores, many), expected)
+# ---- probes --------------------------------------------------------------------------------------------
+
+def planted(x, y, classes):
+    """(a listing of sounds of the classes y, their features x (N, V, D) or tokens (N, V, n, D), kept)."""
+    labels = [torch.as_tensor(row).nonzero().flatten().tolist() if y.ndim > 1 else [int(row)] for row in y]
+    listing = listing_of(labels, [str(c) for c in range(classes)], y.ndim > 1)
+    index = torch.arange(len(x))
+    tokens, embedding = (x, x.mean(2)) if x.ndim == 4 else (None, x)
+    seen = Namespace(dim=x.shape[-1])
+    views = Namespace(modality="audio", train=x.shape[1])
+    return listing, features.Cached(
+        seen, listing, views, CPU, index, torch.ones(x.shape[:2], dtype=torch.bool), tokens, embedding,
+        {"audio": (index, tokens, embedding)})
 
 
-def test_the_single_query_has_the_output_and_the_gradients_of_the_library_s_attention():
-    head = probe.AttentiveHead(128, 5).double()
-    for p in head.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    tokens = random(3, 7, 128).double().requires_grad_()
-    x = head.norm(tokens)
-    wanted = head.linear(head.attend(head.query.expand(3, -1, -1), x, x)[0][:, 0])
-    got = head(tokens, None)
-    torch.testing.assert_close(got, wanted)
-    learnt = [tokens, *head.parameters()]
-    gradients = [torch.autograd.grad(scores.square().mean(), learnt) for scores in (got, wanted)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-6)
+def made_protocol(kind, lrs, **more):
+    """The general protocol of a frozen encoder, with one head and what is given."""
+    values = {name: row[0] for name, row in probe.PROTOCOL.items()}
+    return Namespace(**{**values, "probe": "linear", "heads": {kind: lrs}, "seeds": [0], "frozen": True,
+                        "least_steps": 0, "batch_share": 1.0, **more})
 
 
-def test_blocks_are_four_in_front_of_an_attentive_head_of_64_dimensions_a_query():
-    plain = probe.HEADS["attentive"](128, 5)
-    head = probe.HEADS["blocks"](128, 5)
-    plain.load_state_dict(head.state_dict(), strict=False)
-    assert (len(plain.blocks), len(head.blocks), plain.attend.num_heads) == (0, 4, 2)
-    tokens = x = random(3, 7, 128)
-    for block in head.blocks:
-        assert block.heads == 2 and block.fc1.out_features == 512
-        x = block(x)
-    torch.testing.assert_close(head(tokens, None), plain(x, None))
-    assert probe.HEADS["blocks"](32, 2)(random(2, 3, 32), None).shape == (2, 2)
-
-
-def fit(kind, x, y, classes, lrs, epochs, batch=64):
+def fit(kind, x, y, classes, lrs, epochs, batch=64, seed=0, **more):
     """What a probe that is trained on the first three quarters says of the last."""
     n = len(x) * 3 // 4
-    return probe.probe_cached(kind, x[:n], y[:n], x[n:], y[n:], classes, lrs, epochs, batch, 0)
+    listing, source = planted(x, y, classes)
+    protocol = made_protocol(kind, lrs, epochs=epochs, batch_size=batch, **more)
+    inner, held = probe.divide(listing, np.arange(n), protocol, seed)
+    found = probe.fit_and_test(
+        protocol, (source, source), listing, listing, inner, held, np.arange(n, len(x)), ["audio"], seed)
+    return found[kind, "audio"]
 
 
-@pytest.mark.parametrize("kind, shape", [("linear", (600, 2, 32)), ("attentive", (600, 2, 6, 64))])
+@pytest.mark.parametrize("kind, shape", [("linear", (600, 2, 32)), ("standardised", (600, 2, 32)),
+                                         ("attentive", (600, 2, 6, 64)), ("cross", (600, 2, 6, 64)),
+                                         ("regression", (600, 2, 32))])
 def test_a_probe_finds_a_planted_feature_and_nothing_in_noise(kind, shape):
     y = torch.arange(600) % 4
     noise = random(*shape)
-    planted = noise.clone()
-    planted[..., :4] += 4 * one_hot(y, 4).view(600, *[1] * (len(shape) - 2), 4)
-    assert fit(kind, planted, y, 4, (1e-3, 1e-2), 25)["value"] > 90
-    assert fit(kind, noise, y, 4, (1e-3, 1e-2), 25)["value"] < 40                       # chance: 25
+    found = noise.clone()
+    found[..., :4] += 4 * one_hot(y, 4).view(600, *[1] * (len(shape) - 2), 4)
+    lrs = () if kind == "regression" else (1e-3, 1e-2)
+    assert fit(kind, found, y, 4, lrs, 25)["value"] > 90
+    assert fit(kind, noise, y, 4, lrs, 25)["value"] < 40                                # chance: 25
 
 
 def test_a_head_with_blocks_finds_what_stands_in_the_relation_of_two_tokens():
@@ -142,19 +120,119 @@ def test_a_head_with_blocks_finds_what_stands_in_the_relation_of_two_tokens():
 def test_a_multi_label_probe_learns_and_reports_map():
     x = random(400, 1, 16)
     y = (x[:, 0] @ random(16, 5, seed=1) > 2).float()
-    result = fit("linear", x, y, 5, (1e-2,), 60)
-    assert result["metric"] == "mAP" and result["value"] > 80 and result["classes"] == 5
+    for more in (dict(), dict(pos_weight=True, average="logits", warmup=0.05)):
+        result = fit("standardised", x, y, 5, (1e-2,), 60, **more)
+        assert result["metric"] == "mAP" and result["value"] > 80 and result["classes"] == 5
+    fails(fit, "regression", x, y, 5, (), 1, match="several labels, which a regression does not take")
 
 
-def test_the_learning_rate_is_chosen_without_the_test_set():
+@pytest.mark.parametrize("kind, lrs", [("linear", (1e-5, 1e-3, 1e-1)), ("regression", ())])
+def test_the_rate_is_chosen_without_the_test_set(kind, lrs):
     """Whatever the test targets are, the same rate is chosen; with the test set in sight another would be."""
     y = torch.arange(300) % 3
     chosen = set()
     for turn in range(3):
         y_test = (y[225:] + turn) % 3
-        result = fit("linear", random(300, 1, 16), torch.cat([y[:225], y_test]), 3, (1e-5, 1e-3, 1e-1), 10)
-        chosen.add(result["lr"])
+        result = fit(kind, random(300, 1, 16), torch.cat([y[:225], y_test]), 3, lrs, 10)
+        chosen.add((result["lr"], result.get("C")))
     assert len(chosen) == 1
+
+
+def test_a_head_never_trains_on_official_validation_clips():
+    """Their features are not a number: a head that saw them would not be one either."""
+    y = torch.arange(24) % 3
+    x = random(24, 1, 8) + 5 * one_hot(y, 8)[:, None]
+    listing, source = planted(x, y, 3)
+    listing.held = np.arange(24) % 8 == 7
+    x[torch.from_numpy(listing.held)] = float("nan")
+    for lrs in ((1e-2,), (1e-2, 1e-3)):
+        protocol = made_protocol("linear", lrs, epochs=30, batch_size=8)
+        inner, held = probe.divide(listing, range(24), protocol, 0)
+        assert held.tolist() == [7, 15, 23] and sorted([*inner, *held]) == list(range(24))
+        sources = (source, source)
+        found = probe.fit_and_test(protocol, sources, listing, listing, inner, held, inner, ["audio"], 0)
+        assert found["linear", "audio"]["value"] == 100
+
+
+def test_a_head_that_was_lost_to_its_learning_rate_is_neither_chosen_nor_tested(monkeypatch):
+    y = torch.arange(40) % 2
+    x = random(40, 1, 8)
+    x[:, 0, 0] += 4 * y
+    real = kinds.average
+    lost = []
+
+    def average(scores, *more):
+        return real(scores, *more) * (float("nan") if lost and lost.pop(0) else 1)
+
+    monkeypatch.setattr(kinds, "average", average)
+    lost = [True, False, False]                             # the first of two, when they are compared
+    assert fit("linear", x, y, 2, (1e-3, 1e-2), 50, 8)["lr"] == 1e-2
+    lost = [True]                                           # the only one, when it is tested
+    sentence = "scores of the test clips are not finite numbers.*; lower --lr"
+    fails(fit, "linear", x, y, 2, (1e-2,), 50, 8, match=sentence)
+
+
+@pytest.mark.parametrize("lrs, trained", [((1e-2,), [90]), ((1e-3, 1e-2), [81, 90])])
+def test_all_labelled_clips_train_the_head_that_is_tested(lrs, trained, monkeypatch):
+    """At once where there is one rate; again where a tenth of them has chosen it."""
+    calls = record(monkeypatch, probe, "train_heads")
+    fit("linear", random(120, 1, 8), torch.arange(120) % 3, 3, lrs, 2)
+    assert [len(chosen) for (_, _, _, _, chosen, *_), _ in calls] == trained
+    assert [len(heads) for (heads, *_), _ in calls] == [len(lrs), 1][:len(trained)]
+
+
+def test_heads_side_by_side_are_those_trained_alone_but_for_the_norm_that_clips_them_together():
+    x = random(90, 2, 5, 64)
+    y = torch.arange(90) % 3
+    x[..., :3] += one_hot(y, 3)[:, None, None]
+    listing, source = planted(x, y, 3)
+    for clip, same in ((None, True), (0.01, False)):
+        found = []
+        for trained in (["linear"], ["attentive"], ["linear", "attentive"]):
+            protocol = made_protocol("linear", (), batch_size=30, epochs=2, clip_grad=clip)
+            protocol.heads = dict.fromkeys(trained, (1e-3,))
+            heads, _ = probe.fit_heads(protocol, source, listing, np.arange(90), None, 0)
+            found += heads
+        linear, _, beside, _ = found
+        assert torch.equal(linear.linear.weight, beside.linear.weight) == same
+
+
+def test_a_class_weighs_as_many_negatives_as_positives_and_the_head_starts_and_ends_as_the_protocol_says(
+        monkeypatch):
+    """Rates, clipping, weights and smoothing of a step are those of the protocol."""
+    x = random(40, 1, 8)
+    y = (random(40, 3, seed=1) > 0.5).float()
+    losses = record(monkeypatch, kinds, "loss_of")
+    rates = record(monkeypatch, kinds, "learning_rate")
+    fit("linear", x, y, 3, (2e-3,), 5, 10, pos_weight=True, smoothing=0.1, warmup=0.2, warmup_start=0.1,
+        lr_end=1e-7)
+    (_, _, smoothing, weight), _ = losses[0]
+    positives = y[:30].sum(0)
+    torch.testing.assert_close(weight, (30 - positives) / positives)
+    assert smoothing == 0.1 and len(rates) == 15
+    assert rates[2][1] == pytest.approx(2e-3) and rates[-1][1] == pytest.approx(1e-7)
+
+
+def test_few_labels_are_drawn_evenly_over_the_classes_by_the_seed():
+    listing = listing_of([[0]] * 50 + [[1]] * 3 + [[2]] * 20 + [[3, 0]] * 4, "abcd", True)
+    drawn, again, other = [probe.draw_evenly(listing, 16, seed) for seed in (0, 0, 1)]
+    counts = np.bincount(retrieval.rarest(listing)[drawn])
+    assert len(drawn) == 16 and (np.diff(drawn) > 0).all() and sorted(counts) == [3, 4, 4, 5]
+    assert drawn.tolist() == again.tolist() != other.tolist()
+    assert len(probe.draw_evenly(listing, 1000, 0)) == 77
+    held = listing_of([[0]] * 9 + [[1]] * 9, "ab")
+    held.held = np.arange(18) % 9 == 8
+    inner, choose = probe.divide(held, range(18), made_protocol("linear", (1e-3,), clips=6), 0)
+    assert choose.tolist() == [8, 17] and np.bincount(inner // 9).tolist() == [3, 3]
+
+
+def test_seeds_give_the_mean_and_the_standard_deviation_of_the_sample():
+    results = [dict(metric="top-1", value=v, lr=0.1, held_out=v, N=5) for v in (50.0, 60.0, 76.0)]
+    joined = probe.join_seeds(results)
+    assert joined["value"] == pytest.approx(62)
+    assert joined["std"] == pytest.approx(np.std([50, 60, 76], ddof=1))
+    assert joined["values"] == [50, 60, 76] and joined["held_out"] == [50, 60, 76]
+    assert probe.join_seeds(results[:1])["std"] is None
 
 
 # ---- which clips are searched --------------------------------------------------------------------------
@@ -321,17 +399,86 @@ def ask(**given):
     return Namespace(**vars(probe.get_args(["--ckpt", "x", "--data", "toy"])) | given)
 
 
-@pytest.mark.parametrize("given, expected, schedule", [
-    (dict(probe="linear"), ("linear", (1e-2, 1e-1), None, 0.0), (250, 250)),
-    (dict(probe="attentive"), ("blocks", (1e-3, 3e-3), None, 0.0), (32, 32)),           # at least 2,000 steps
-    (dict(probe="attentive", head="attentive"), ("attentive", probe.FROZEN_LRS, None, 0.0), (250, 250)),
-    (dict(probe="attentive", head="blocks", lr=[0.5]), ("blocks", [0.5], None, 0.0), (32, 32)),
-    (dict(probe="finetune", head="blocks"), ("blocks", (2e-3,), 1e-5, 0.1), (64, 2)),
-    (dict(probe="finetune", encoder_lr=0.0), ("linear", (2e-3,), 0.0, 0.1), (64, 2))])
-def test_a_probe_has_the_head_and_the_rates_of_its_method_unless_others_are_given(given, expected, schedule):
-    protocol = probe.choose_protocol(ask(**given), METHOD, listing_of([[0]] * 2000, "a"))
-    assert (protocol.head, protocol.lrs, protocol.encoder_lr, protocol.smoothing) == expected
-    assert (protocol.batch_size, protocol.epochs) == schedule
+def encoder_of(method, **args):
+    return Namespace(method=method, args=args)
+
+
+@pytest.mark.parametrize("given, heads, encoder_lr, smoothing, schedule", [
+    (dict(probe="linear"), {"regression": ()}, 0.0, 0.0, None),
+    (dict(probe="linear", recipe="paper"), {"standardised": (1e-2, 1e-1)}, 0.0, 0.0, (250, 2000)),
+    (dict(probe="linear", head="linear"), {"linear": probe.LRS}, 0.0, 0.0, (250, 2000)),
+    (dict(probe="attentive"), {"attentive": probe.LRS}, 0.0, 0.0, (250, 2000)),
+    (dict(probe="attentive", recipe="paper"), {"blocks": (1e-3, 3e-3)}, 0.0, 0.0, (32, 2000)),
+    (dict(probe="attentive", recipe="paper", head="attentive"), {"attentive": probe.LRS}, 0.0, 0.0,
+     (250, 2000)),
+    (dict(probe="attentive", head="blocks", lr=[0.5]), {"blocks": (0.5,)}, 0.0, 0.0, (32, 2000)),
+    (dict(probe="attentive", epochs=3, batch_size=500), {"attentive": probe.LRS}, 0.0, 0.0, (500, 12)),
+    (dict(probe="finetune", head="blocks"), {"blocks": (2e-3,)}, 1e-5, 0.1, (32, 124)),
+    (dict(probe="finetune", encoder_lr=0.0, steps=7), {"standardised": (2e-3,)}, 0.0, 0.1, (64, 7))])
+def test_a_probe_has_the_protocol_of_its_method_unless_other_values_are_given(
+        given, heads, encoder_lr, smoothing, schedule):
+    protocol = probe.choose_protocol(ask(**given), encoder_of(METHOD))
+    assert (protocol.heads, protocol.encoder_lr, protocol.smoothing) == (heads, encoder_lr, smoothing)
+    assert schedule is None or probe.schedule(protocol, 2000) == schedule
+
+
+@pytest.mark.parametrize("more", [dict(lr=[1.0]), dict(epochs=3), dict(steps=3), dict(batch_size=8)])
+def test_a_regression_takes_no_rates_and_no_steps(more):
+    sentence = f"--{next(iter(more)).replace('_', '-')} has no effect on a regression"
+    fails(probe.choose_protocol, ask(**more), encoder_of(METHOD), match=sentence)
+
+
+@pytest.mark.parametrize("trained, data, column", [
+    (dict(), "toy", "toy"), (dict(), "vggsound", "frozen"), (dict(data="toy"), "folder", "toy"),
+    (dict(data="folder", recipe="toy"), "folder", "toy"), (dict(data="audioset"), "toy", "toy")])
+def test_small_sets_and_encoders_have_the_recipe_of_small_sets(trained, data, column):
+    encoder = encoder_of(METHOD, **trained)
+    assert probe.choose_protocol(ask(data=data), encoder).column == column
+    assert probe.choose_protocol(ask(data=data, recipe="paper"), encoder).column == "frozen"
+    assert probe.choose_protocol(ask(data=data, probe="finetune"), encoder).column == "finetune"
+
+
+def test_av_jepa_is_evaluated_as_its_authors_do():
+    """The rows of the facts, and 13 or 6 epochs by what the encoder has seen."""
+    def protocol(probe_name, trained_on="audioset"):
+        given = ask(probe=probe_name, data="vggsound")
+        return probe.choose_protocol(given, encoder_of(avjepa_lejepa.METHOD, data=trained_on))
+
+    for name in ("attentive", "finetune"):
+        it = protocol(name)
+        rate = 1e-3 if name == "attentive" else 2e-4
+        assert it.heads == {"linear": (rate,), "attentive": (rate,)}
+        assert (it.warmup, it.warmup_start, it.lr_end, it.clip_grad) == (0.05, 0.1, 1e-7, 1.0)
+        assert (it.average, it.starts, it.resize, it.train_crop) == ("logits", "random", "crop", "flip")
+    assert probe.schedule(protocol("linear"), 20_000) == (512, 15 * 39)
+    assert protocol("linear").views == 4 and protocol("finetune").views == 6
+    assert protocol("finetune").epochs == 13 and protocol("finetune", "vggsound").epochs == 6
+    assert protocol("finetune").encoder_lr == pytest.approx(0.05 * 2e-4)
+    assert (protocol("attentive").smoothing, protocol("finetune").smoothing) == (0.0, 0.1)
+
+
+def test_the_other_papers_heads_and_counts_are_those_of_the_facts():
+    def protocol(script):
+        return probe.choose_protocol(ask(probe="attentive", data="kinetics400"), encoder_of(script.METHOD))
+
+    ncsu = protocol(avjepa_ncsu)
+    assert list(ncsu.heads) == ["cross"] and (ncsu.views, ncsu.together) == (8, True)
+    assert (ncsu.clips, ncsu.test_clips, probe.schedule(ncsu, 3500)[1]) == (3500, 3500, 6020)
+    assert list(protocol(mjepa).heads) == ["blocks"] and list(protocol(ajepa).heads) == ["attentive"]
+    tuned = probe.choose_protocol(ask(probe="finetune", data="esc50"), encoder_of(ajepa.METHOD))
+    assert (tuned.heads, tuned.encoder_lr) == ({"standardised": (1e-3,)}, 1e-5)
+
+
+@pytest.mark.parametrize("script", [ajepa, avjepa_lejepa, mjepa, avjepa_ncsu], ids=lambda s: s.__name__)
+def test_a_protocol_is_plain_names_known_rows_and_has_a_source_or_a_mark(script, tmp_path):
+    torch.save(script.METHOD, tmp_path / "method.pt")
+    table = script.METHOD["protocol"]
+    assert torch.load(tmp_path / "method.pt", weights_only=True)["protocol"] == table
+    assert set(table) <= set(probe.PROTOCOL) and all(len(row) == 3 for row in table.values())
+    source = inspect.getsource(script).split("protocol={")[1].split("\n    },")[0].splitlines()
+    for before, line in zip(source, source[1:]):
+        if line.rstrip().endswith('""),'):
+            assert "# unspecified" in before, line
 
 
 PICTURES = dict(data="kinetics400", clip_seconds=10.0)
@@ -339,22 +486,25 @@ PICTURES = dict(data="kinetics400", clip_seconds=10.0)
 
 @pytest.mark.parametrize("given, views, crops, train, seconds", [
     # as many views as the set's own table says, else the method's; one where a view holds each whole clip
-    (dict(), 3, 1, 2, 2.0), (dict(probe="finetune"), 2, 1, 2, 2.0), (dict(crops=3), 3, 3, 2, 2.0),
+    (dict(), 3, 1, 2, 2.0), (dict(probe="finetune"), 2, 1, None, 2.0), (dict(crops=3), 3, 3, 2, 2.0),
     (dict(clip_seconds=1.0), 1, 1, 1, 2.0), (dict(clip_seconds=1.5), 3, 1, 2, 2.0),
     (dict(clip_seconds=1.5, modality="audio"), 1, 1, 1, 1.5),
     (dict(modality="audio", seconds=5.0), 3, 1, 2, 5.0),
     (dict(modality="video"), 3, 1, 2, 1.0), (dict(modality="video", clip_seconds=1.5), 3, 1, 2, 1.0),
-    (PICTURES, 8, 3, 2, 2.0), (PICTURES | dict(probe="finetune"), 8, 3, 2, 2.0),
+    (PICTURES, 8, 3, 2, 2.0), (PICTURES | dict(probe="finetune"), 8, 3, None, 2.0),
     (PICTURES | dict(modality="audio"), 8, 1, 2, 2.0), (PICTURES | dict(crops=1, views=2), 2, 1, 2, 2.0),
     (dict(data="ssv2"), 2, 3, 2, 1.0), (dict(data="ssv2", views=1), 1, 3, 2, 1.0),
-    (dict(data="fsd50k"), 15, 1, 15, 2.0), (dict(data="esc50", fold=True), 3, 1, 3, 2.0)])
+    (dict(data="fsd50k"), 15, 1, 2, 2.0), (dict(data="esc50", fold=True), 3, 1, 2, 2.0)])
 def test_views_and_crops_are_those_of_the_set_or_of_the_method_unless_others_are_given(
         given, views, crops, train, seconds, tmp_path):
     words = dict(given)
     clip_seconds = words.pop("clip_seconds", None)
     fold = np.zeros(1, np.int8) if words.pop("fold", False) else None
     listing = data.make_listing("x", "", ["a.mp4"], [[0]], ["a"], seconds=clip_seconds, fold=fold)
-    got = probe.choose_views(ask(**words), common.load_encoder(write_checkpoint(tmp_path)), listing)
+    encoder = common.load_encoder(write_checkpoint(tmp_path))
+    words.setdefault("recipe", "paper" if words.get("probe") != "finetune" else None)
+    args = ask(**words)
+    got = features.choose_views(args, encoder, listing, probe.choose_protocol(args, encoder))
     assert (got.test, got.crops, got.train, got.inputs.seconds) == (views, crops, train, seconds)
     has = data.SETS[words.get("data", "toy")].has
     assert got.modality == words.get("modality", "av" if len(has) == 2 else has[0])
@@ -371,16 +521,18 @@ def test_views_and_crops_are_those_of_the_set_or_of_the_method_unless_others_are
 def test_views_that_the_set_or_the_encoder_lacks_are_refused(takes, given, sentence, tmp_path):
     run_folder = write_checkpoint(tmp_path, video="v" in takes, audio="a" in takes)
     encoder = common.load_encoder(run_folder)
-    fails(probe.choose_views, ask(**given), encoder, listing_of([[0]], "a"), match=sentence)
+    protocol = probe.choose_protocol(ask(), encoder)
+    fails(features.choose_views, ask(**given), encoder, listing_of([[0]], "a"), protocol, match=sentence)
 
 
-def test_the_table_of_a_toy_run_has_both_ways_of_retrieval(toy, tmp_path, monkeypatch, capsys):
+def test_the_table_of_a_toy_run_has_few_labels_beside_all_and_both_ways_of_retrieval(toy, tmp_path, capsys):
     run_folder = write_checkpoint(tmp_path, cross=BOTH)
-    monkeypatch.setattr(probe, "frozen_schedule", lambda clips, most=512: (8, 1))
     table = probe.toy_report(run_folder, toy, CPU, 0)
     assert json.loads((run_folder / "results.json").read_text()) == table
     for name in ("trained", "untrained", "raw input", "chance"):
         ways = set() if name == "raw input" else {"A->V", "V->A"}
-        assert set(table[name]) - {"N", "left_out", "embedding", "chance"} == {"audio", "video", "av"} | ways
+        probes = {"audio", "video", "av"}
+        assert set(table[name]) - {"N", "left_out", "embedding", "chance"} == probes | {"few"} | ways
+        assert set(table[name]["few"]) == probes
     shown = capsys.readouterr().out
-    assert "A->V (N = 16)" in shown and shown.count("\n") == 8
+    assert "A->V (N = 16)" in shown and "10 a class" in shown and shown.count("\n") == 15

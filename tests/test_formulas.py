@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import probe
 from conftest import ROOT
 
 PAGE = (ROOT / "FORMULAS.md").read_text()
@@ -59,10 +60,12 @@ def number(text):
 
 
 def look_up(module, name):
-    """What the page calls 'tau', 'COOLDOWN.steps' or 'METHOD.finetune.lr'."""
+    """What the page calls 'tau', 'COOLDOWN.steps', 'METHOD.weights' or 'finetune.views'."""
     table, *keys = name.split(".")
     if not keys:
         return module.RECIPE[name][0]
+    if table in ("frozen", "finetune"):
+        return module.METHOD["protocol"][keys[0]][probe.COLUMNS[table]]
     value = getattr(module, table)
     for key in keys:
         value = value[key]

@@ -24,6 +24,7 @@ import avjepa_lejepa
 import avjepa_ncsu
 import common
 import data
+import features
 import fifth_method
 import mjepa
 import pixels
@@ -32,7 +33,7 @@ import retrieval
 import run
 import visualize
 from common import UserError
-from conftest import FORK, ROOT, command, forked, same, weights
+from conftest import FORK, ROOT, command, forked, last_row, same, weights
 from slow import random, shake
 
 import numpy as np
@@ -459,7 +460,6 @@ def finished(toy, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.Run, "save", keep)
-        patch.setattr(probe, "frozen_schedule", lambda clips: (8, 5))
         for method in METHODS:
             folders[method.name] = tmp_path_factory.mktemp(method.name)
             method.script.main(flags_of(toy, folders[method.name]))
@@ -476,7 +476,7 @@ def test_a_run_leaves_checkpoint_log_curves_and_results(finished, method):
     out = finished[method.name]
     rows = run.read_log(out)
     content = weights(out)
-    takes = [m for m, keys in probe.MODALITIES.items() if set(keys) <= content["encoder"].keys()]
+    takes = [m for m, keys in features.MODALITIES.items() if set(keys) <= content["encoder"].keys()]
     inputs = {name for name in method.terms if name in ("a", "v", "av")} or {"av"}
     knows = set(method.terms) if method in (AJEPA, MJEPA, NCSU) else set()
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and content["step"] == content["steps"] == 4
@@ -492,7 +492,7 @@ def test_a_run_leaves_checkpoint_log_curves_and_results(finished, method):
     results = json.loads((out / "results.json").read_text())
     assert results.pop("seconds") > 0 and set(results) == {"trained", "untrained", "raw input", "chance"}
     for row in results.values():
-        assert all(0 <= row[m] <= 100 for m in takes)
+        assert all(0 <= part[m] <= 100 for m in takes for part in (row, row["few"]))
         assert not {"audio", "video", "av"} - set(takes) & row.keys()
 
 
@@ -830,7 +830,7 @@ def test_a_main_has_25_to_50_statements(method):
 # ---- the fifth method, which no shared file knows --------------------------------------------------------
 
 EVALUATED = {
-    "probe": (probe, "--probe linear --epochs 1 --modality av", dict(lrs=[0.1], views=2, N=16)),
+    "probe": (probe, "--recipe paper --epochs 1 --modality av", dict(lrs=[0.1], views=2, N=16)),
     "retrieval": (retrieval, "--clips all --views 1", dict(embedding="encoder", N=16)),
     "pixels": (pixels, "--epochs 1 --batch-size 4", dict(probe="pixels", N={"video": 16, "audio": 16})),
     "visualize": (visualize, "map", dict(what="map", N=16)),
@@ -843,7 +843,7 @@ def test_the_fifth_method_is_probed_as_it_says_searched_decoded_and_drawn(finish
     out = shutil.copytree(finished["fifth_method"], tmp_path / "run")
     where = ["--data", "toy", "--data-dir", str(toy), "--workers", "0", "--device", "cpu"]
     script.main([*words.split(), "--ckpt", str(out), *where])
-    row = json.loads((out / f"{name.replace('pixels', 'probe')}.jsonl").read_text())
+    row = last_row(out, f"{name.replace('pixels', 'probe')}.jsonl")
     assert {key: row[key] for key in expected} == expected
     (out / "curves.png").unlink()
     visualize.main(["curves", str(out)])

@@ -10,14 +10,16 @@ import data
 import mjepa
 import run
 from common import UserError
-from conftest import same, weights
+from conftest import FORK, same, weights
 from slow import block_parameters, count_parameters, is_uniform, layer_norm, linear, maps, narrow
-from slow import patch_tokens, placements, quicken, recipe_of, record, slow_distance, slow_levels, slow_mlp
-from slow import slow_positions, small_batch, small_model, train
+from slow import patch_tokens, placements, quicken, random, recipe_of, record, slow_distance, slow_levels
+from slow import slow_mlp, slow_positions, small_batch, small_model, train
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce
 
 GRIDS = {"video": (8, 14, 14), "audio": (8, 64)}
 TOY = (4, 24)
@@ -360,3 +362,47 @@ def test_the_paper_recipe_has_the_values_of_the_paper(script, recipe, inputs):
     assert {name: found[name] for name in recipe} == recipe
     given = script.make_inputs(found)
     assert {name: getattr(given, name) for name in inputs} == pytest.approx(inputs)
+
+
+# ---- SIGReg on two processes -----------------------------------------------------------------------------
+
+def reference_sigreg(z, step, slices):
+    """The formula, with the library's all_reduce, through which the gradient goes to the other processes."""
+    directions = torch.randn(z.shape[1], slices, generator=torch.Generator().manual_seed(step))
+    t = torch.linspace(-5, 5, 17)
+    projected = (z @ (directions / directions.norm(dim=0)))[..., None] * t              # (N, S, K)
+    waves = torch.stack([projected.cos().mean(0), projected.sin().mean(0)])
+    waves = all_reduce(waves) / dist.get_world_size()
+    phi = (-t ** 2 / 2).exp()
+    error = (waves[0] - phi) ** 2 + waves[1] ** 2
+    return len(z) * dist.get_world_size() * torch.trapezoid(error * phi, t).mean()
+
+
+def sigreg_on_a_rank(rank, folder):
+    """Value and gradient on this process's half of the batch, by both, go into a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = []
+    for loss in (common.sigreg, reference_sigreg):
+        z = random(24, 6)[12 * rank:12 * rank + 12].requires_grad_()
+        value = loss(z, 3, 32)
+        value.backward()
+        found.append((value.detach(), z.grad))
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_sigreg_s_gradient_on_two_processes_is_that_through_the_library_s_all_reduce(tmp_path):
+    """And, once DDP has averaged it, that of one process on the joined batch."""
+    how = "fork" if FORK else "spawn"
+    torch.multiprocessing.start_processes(sigreg_on_a_rank, (str(tmp_path),), nprocs=2, start_method=how)
+    z = random(24, 6).requires_grad_()
+    whole = common.sigreg(z, 3, 32)
+    whole.backward()
+    for rank in (0, 1):
+        (value, gradient), (expected, by_library) = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(value, whole.detach())
+        torch.testing.assert_close(gradient, by_library)
+        torch.testing.assert_close(gradient / 2, z.grad[12 * rank:12 * rank + 12])

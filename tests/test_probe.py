@@ -2,18 +2,21 @@
 import contextlib
 import functools
 import itertools
+import json
 import resource
 import shutil
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import one_hot
 
 import common
 import data
+import features
+import heads as kinds
 import probe
 import run
 from conftest import CPU, INPUTS, METHOD, ROOT, command, fails, last_row, names, tone, write, write_checkpoint
@@ -87,6 +90,18 @@ def start(run_folder, name, folder, *more):
     probe.main([str(word) for word in (*words, *more)])
 
 
+def all_rows(run_folder):
+    return [json.loads(line) for line in (run_folder / "probe.jsonl").read_text().splitlines()]
+
+
+def decoded(run_folder, listing, modality, **views):
+    """(features.Decoded of the clips of a listing, with the Views that are given, the Views)"""
+    encoder = common.load_encoder(run_folder)
+    usual = dict(modality=modality, inputs=INPUTS, test_inputs=INPUTS, test=1, crops=1, train=1)
+    views = features.Views(**{**usual, **views})
+    return features.Decoded(encoder, listing, views, CPU, 0, True), views
+
+
 def probed(run_folder, *more):
     """The row of a probe started in this process."""
     start(run_folder, *more)
@@ -106,6 +121,7 @@ def full_disk(size):
 
 
 QUICK = ("--epochs", 1, "--batch-size", 8)
+PAPER = (*QUICK, "--lr", 1e-3, "--recipe", "paper")
 
 
 # ---- what trains a head, and what tests it -------------------------------------------------------------
@@ -113,26 +129,16 @@ QUICK = ("--epochs", 1, "--batch-size", 8)
 def test_the_held_out_clips_are_the_official_ones_or_a_tenth(tones):
     listing = data.list_clips("held", tones)
     plain = data.list_clips("folder", tones)
+    several = Namespace(clips=None, heads={"linear": (1e-3, 1e-2)})
+    one = Namespace(clips=None, heads={"linear": (1e-3,)})
     for some, count in ((listing, 3), (plain, 2)):
-        inner, held = probe.hold_out(some, range(24), 0)
+        inner, held = probe.divide(some, range(24), several, 0)
         assert len(held) == count and sorted([*inner, *held]) == list(range(24))
-    assert probe.hold_out(listing, range(24), 0, needed=False)[1].tolist() == [7, 15, 23]
-    assert probe.hold_out(plain, range(24), 0, needed=False)[1] is None
-    sentence = "fewer than two training clips can be read beside 2 official"
-    fails(probe.hold_out, listing.subset([7, 15, 0]), range(3), 0, match=sentence)
-
-
-def test_a_cached_head_never_trains_on_official_validation_clips(tones):
-    """Their features are not a number: a head that saw them would not be one either."""
-    listing = data.list_clips("held", tones)
-    index = torch.arange(1, 24)                             # one does not decode
-    y = listing.targets(index)
-    x = torch.randn(23, 1, 8) + 5 * one_hot(y, 8)[:, None]
-    x[torch.from_numpy(listing.held[1:])] = float("nan")
-    inner, held = split = probe.hold_out(listing, index, 0)
-    assert len(inner) == 20 and listing.held[index[held]].all()
-    result = probe.probe_cached("linear", x, y, x[inner], y[inner], 3, (1e-2,), 30, 8, 0, split=split)
-    assert result["value"] == 100
+    assert probe.divide(listing, range(24), one, 0)[1].tolist() == [7, 15, 23]
+    inner, held = probe.divide(plain, range(24), one, 0)
+    assert held is None and inner.tolist() == list(range(24))
+    sentence = "1 training clips beside 2 official validation clips; a probe needs at least 3"
+    fails(probe.divide, listing.subset([7, 15, 0]), range(3), one, 0, match=sentence)
 
 
 def listing_of(*labels, **more):
@@ -208,23 +214,138 @@ def half_silent(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("flags", [("linear",), ("attentive", "--cache-gb", 0), ("finetune",)])
-def test_a_clip_that_lacks_a_stream_neither_trains_nor_tests(flags, both, half_silent, monkeypatch, capsys):
-    losses = record(monkeypatch, probe, "loss_of")
-    row = probed(both, "folder", half_silent, *QUICK, "--lr", 1e-3, "--probe", *flags)
-    assert (row["N"], row["left_out"], row["untested"]) == (2, 2, 0)
-    trained = max(len(targets) for (_, targets, *_), _ in losses)
-    assert trained == (5 if flags[0] == "linear" else 6)    # a cached probe holds out a tenth
+ANEW = ("--cache-gb", 0)
+WAYS = [("linear",), ("linear", *ANEW), ("attentive",), ("attentive", *ANEW), ("finetune",)]
+
+
+@pytest.mark.parametrize("flags", WAYS)
+def test_a_clip_of_one_stream_trains_and_tests_with_the_other_at_zero_and_alone_where_it_has_it(
+        flags, both, half_silent, monkeypatch, capsys):
+    losses = record(monkeypatch, kinds, "loss_of")
+    start(both, "folder", half_silent, *PAPER, "--probe", *flags)
+    rows = {row["tested"]: row for row in all_rows(both)[-3:]}
+    assert {name: (row["N"], row["left_out"]) for name, row in rows.items()} == {
+        "audio": (2, 2), "video": (4, 0), "av": (4, 0)}
+    assert sum(len(targets) for (_, targets, *_), _ in losses) == 8
+    shown = capsys.readouterr().out
+    assert "bad clip" not in shown and "audio alone, trained on av" in shown
+
+
+@pytest.mark.parametrize("flags", WAYS)
+def test_a_clip_without_the_one_stream_that_is_asked_for_neither_trains_nor_tests(
+        flags, both, half_silent, monkeypatch, capsys):
+    losses = record(monkeypatch, kinds, "loss_of")
+    start(both, "folder", half_silent, *PAPER, "--modality", "audio", "--probe", *flags)
+    row = last_row(both)
+    assert (row["N"], row["left_out"], row["untested"], row["tested"]) == (2, 2, 0, "audio")
+    assert sum(len(targets) for (_, targets, *_), _ in losses) == 6
     shown = capsys.readouterr().out
     for split, name in itertools.product(("train", "test"), ("high", "low")):
-        assert shown.count(f"{split}/{name}/0.mp4: has no video or no audio") == 1
+        assert shown.count(f"{split}/{name}/0.mp4: has no audio") == 1
+
+
+def test_an_absent_stream_is_at_zero_after_the_normalisation(both, half_silent):
+    listing = data.list_clips("folder", half_silent, "test")
+    source, views = decoded(both, listing, "av", test=1)
+    encoder = source.encoder
+    for outputs in source.testing(np.arange(4), ["av", "video"], "test"):
+        positions, tokens, embedding = outputs["av"]
+        assert positions.tolist() == list(range(len(positions)))
+        for i in positions.tolist():
+            clip = data.load_clip(listing.path(i), views.test_inputs)
+            clip.setdefault("audio", torch.zeros(1, 1, *encoder.vit.shape["audio"]))
+            torch.testing.assert_close(embedding[i, 0], encoder(**clip)[1][0], atol=1e-4, rtol=1e-3)
+            alone = encoder(video=clip["video"])
+            torch.testing.assert_close(outputs["video"][2][i, 0], alone[1][0], atol=1e-4, rtol=1e-3)
+            assert outputs["video"][1].shape[2] == alone[0].shape[1] < tokens.shape[2]
+
+
+@pytest.mark.parametrize("absent", ["zero", "drop"])
+def test_a_head_trained_on_both_is_tested_on_the_tokens_of_one_alone(absent, both, toy, monkeypatch):
+    tokens = []
+    real = kinds.AttentiveHead.forward
+
+    def forward(self, given, embedding):
+        tokens.append((self.training, given.shape[1]))
+        return real(self, given, embedding)
+
+    monkeypatch.setattr(kinds.AttentiveHead, "forward", forward)
+    flags = ("--probe", "attentive", "--head", "attentive", "--modality", "av", "--views", 1)
+    start(both, "toy", toy, *QUICK, "--lr", 1e-3, "--absent", absent, *flags)
+    vit = common.load_encoder(both).vit
+    counts = vit.num("video"), vit.num("audio")
+    assert {n for training, n in tokens if training} == {sum(counts)}
+    assert {n for training, n in tokens if not training} == {*counts, sum(counts)}
+    assert [(row["modality"], row["tested"]) for row in all_rows(both)[-3:]] == [
+        ("av", "audio"), ("av", "video"), ("av", "av")]
+
+
+@pytest.mark.parametrize("more", [
+    ("linear",), ("attentive", "--head", "cross"), ("attentive", "--head", "attentive", "--seeds", 0, 1),
+    ("linear", "--head", "linear", "--baseline", "raw")])
+def test_the_cache_changes_memory_and_time_and_not_the_result(more, ears, tones):
+    """With random starts and several rates, of which held-out clips choose."""
+    rows = []
+    for gigabytes in (4, 0):
+        content = common.load_checkpoint(ears)
+        content["method"]["protocol"] = {**METHOD["protocol"], "train_starts": ("random", "random", ""),
+                                         "train_views": (3, None, ""), "starts": ("random", "random", "")}
+        torch.save(content, tones.parent / "drawn.pt")
+        flags = ("--epochs", 4, "--batch-size", 8, "--lr", 1e-3, 1e-2, "--recipe", "paper")
+        start(tones.parent / "drawn.pt", "folder", tones, *flags, "--probe", *more, "--cache-gb", gigabytes)
+        rows.append(last_row(tones.parent))
+    kept, anew = rows
+    for key in ("values", "held_out", "lr"):
+        assert kept[key] == anew[key]
+
+
+@pytest.mark.parametrize("gigabytes", [4, 0])
+def test_a_head_reads_all_segments_of_few_clips_together_for_the_steps_of_the_protocol(
+        gigabytes, both, toy, tmp_path, monkeypatch):
+    rows = {"attentive": ("cross", "cross", ""), "attentive_lr": ((1e-3,), (1e-3,), ""), "views": (4, 1, ""),
+            "together": (True, False, ""), "train_views": (None, None, ""), "batch_size": (4, 4, ""),
+            "train_starts": ("random", "random", ""), "steps": (5, None, ""), "clips": (12, None, ""),
+            "test_clips": (8, None, "")}
+    content = common.load_checkpoint(both)
+    content["method"]["protocol"] = rows
+    torch.save(content, tmp_path / "latest.pt")
+    trained = record(monkeypatch, probe, "train_heads")
+    losses = record(monkeypatch, kinds, "loss_of")
+    asked = record(monkeypatch, kinds, "ask_once")
+    flags = ("--recipe", "paper", "--probe", "attentive", "--modality", "av", "--cache-gb", gigabytes)
+    start(tmp_path, "toy", toy, *flags)
+    row = last_row(tmp_path)
+    (_, _, _, listing, chosen, *_), _ = trained[0]
+    counts = np.bincount(listing.targets(chosen))
+    assert len(chosen) == 12 and counts.max() - counts.min() <= 1
+    assert len(losses) == 5 and row["steps"] == 5 and (row["N"], row["left_out"], row["views"]) == (8, 0, 4)
+    vit = common.load_encoder(both).vit
+    tokens = {x.shape[1] for (_, _, x), _ in asked}
+    assert tokens == {4 * vit.num("video"), 4 * vit.num("audio"), 4 * (vit.num("video") + vit.num("audio"))}
+
+
+@pytest.mark.parametrize("part", [1, 32])
+def test_training_views_are_the_same_whether_they_are_kept_or_decoded_anew(part, both, toy, monkeypatch):
+    """Random starts and flips: the features that a batch of a later epoch is given, in parts or at once."""
+    monkeypatch.setattr(features, "PART", part)
+    listing = data.list_clips("toy", toy, "train")
+    source, _ = decoded(both, listing, "av", train=3, train_starts="random", train_crop="flip")
+    chosen = np.array([1, 5, 8, 13])
+    kept = features.keep(source, 0, chosen, (), (), "train")
+    batches = [[(4, 1), (4, 3)], [(5, 0), (5, 2)]]
+    for one, other in zip(source.training(chosen, batches), kept.training(chosen, batches), strict=True):
+        assert one[0].tolist() == other[0].tolist()
+        torch.testing.assert_close(one[1].float(), other[1].float(), atol=0.02, rtol=0.02)      # of bf16
+        torch.testing.assert_close(one[2], other[2], atol=1e-4, rtol=1e-3)
+    first, again, third = [next(kept.training(chosen, [[(epoch, 0)]]))[2] for epoch in (0, 3, 1)]
+    assert torch.equal(first, again) and not torch.allclose(first, third)
 
 
 @pytest.mark.parametrize("more", [("finetune",), ("attentive", "--cache-gb", 0)])
 def test_decoding_anew_never_trains_on_validation_or_test_clips(more, ears, tones, monkeypatch):
     made = record(monkeypatch, data, "Clips")
-    row = probed(ears, "held", tones, "--lr", 1e-3, *QUICK, "--probe", *more)
-    trained, = [clips for _, clips in made if clips.replace]
+    row = probed(ears, "held", tones, *PAPER, "--probe", *more)
+    trained = made[0][1]                                    # the test views come later
     files = [f"train/{c}/{n}.wav" for c, n in itertools.product(sorted(TONES), range(7))]
     assert sorted(names(trained.listing)) == files
     assert (row["N"], row["left_out"], row["view_seconds"], row["views"]) == (8, 1, 1.0, 1)
@@ -233,52 +354,50 @@ def test_decoding_anew_never_trains_on_validation_or_test_clips(more, ears, tone
 
 @pytest.mark.parametrize("kind", ["linear", "finetune"])
 def test_each_fold_is_tested_only_on_itself_by_a_head_trained_on_the_others(kind, ears, tones, monkeypatch):
-    listing = data.list_clips("folds", tones)
-    fold_of = dict(zip(names(listing), listing.fold.tolist()))
+    folds = data.list_clips("folds", tones).fold
     calls = []
-    encoders = set()
+    encoders = []
 
-    def note(train, test):
-        test = list(test)
-        calls.append((set(train), set(test)))
-        return dict(metric="top-1", value=len(calls), classes=3, lr=0.1, held_out=None, N=len(test))
+    def stub(protocol, sources, train, test, inner, held, outer, tested, seed):
+        calls.append((seed, set(folds[union(inner, held)]), set(folds[outer])))
+        encoders.append(sources[0].encoder)
+        result = dict(metric="top-1", value=len(calls), classes=3, lr=0.1, held_out=None, N=len(outer))
+        result["left_out"] = 0
+        return {("it", "audio"): result}
 
-    def cached(kind, x, y, x_test, y_test, **more):
-        return note(x.flatten().tolist(), x_test.flatten().tolist())
+    monkeypatch.setattr(probe, "fit_and_test", stub)
+    monkeypatch.setattr(probe, "print_result", lambda *_: None)
+    monkeypatch.setattr(probe, "choose_heads", lambda *_: ["it"])
+    row = probed(ears, "folds", tones, *PAPER, "--probe", kind, "--seeds", 0, 5)
+    once = [({1, 2}, {0}), ({0, 2}, {1}), ({0, 1}, {2})]
+    assert calls == [(seed, *pair) for seed in (0, 5) for pair in once]
+    assert (row["values"], row["value"], row["N"]) == ([2, 5], 3.5, 33)
+    assert len(set(map(id, encoders))) == (1 if kind == "linear" else 6)    # each fold trains another one
 
-    def online(protocol, views, encoder, train, test, *more):
-        encoders.add(encoder.vit)
-        return note(map(fold_of.get, names(train)), map(fold_of.get, names(test)))
 
-    def planted(*given, **more):  # once for all folds; the first clip does not decode
-        folds = torch.from_numpy(listing.fold[1:])
-        return {("it", "audio"): folds.float().view(-1, 1, 1)}, torch.arange(1, 33)
-
-    for name, stub in (("probe_cached", cached), ("probe_online", online), ("extract", planted)):
-        monkeypatch.setattr(probe, name, stub)
-    row = probed(ears, "folds", tones, *QUICK, "--probe", kind)
-    assert calls == [({1, 2}, {0}), ({0, 2}, {1}), ({0, 1}, {2})]
-    assert (row["folds"], row["value"], row["N"]) == ([1, 2, 3], 2, 32 if kind == "linear" else 33)
-    assert len(encoders) == (0 if kind == "linear" else 3)  # each fold trains another one
+def union(inner, held):
+    return np.concatenate([inner, [] if held is None else held]).astype(int)
 
 
 def test_the_pitch_of_a_tone_is_found_on_every_fold_and_each_clip_is_decoded_once(ears, tones, capsys):
-    row = probed(ears, "folds", tones, "--epochs", 60, "--batch-size", 12)
+    row = probed(ears, "folds", tones, "--epochs", 60, "--batch-size", 12, "--recipe", "paper")
     shown = "".join(capsys.readouterr())
     assert len(row["folds"]) == 3 and min(row["folds"]) > 60                            # chance: 33
     assert (row["left_out"], row["modality"]) == (1, "audio") and "folds: " in shown
     assert shown.count("high/2.wav") == 1
 
 
-@pytest.mark.parametrize("flags, online, views", [
-    (("linear",), False, 9), (("attentive",), False, 9), (("attentive", "--cache-gb", 1e-5), True, 9),
-    (("finetune",), True, 6), (("finetune", "--views", 5, "--crops", 1, "--layers", 0, 3), True, 5)])
-def test_all_views_and_crops_of_a_test_clip_are_averaged_once(flags, online, views, both, toy, monkeypatch):
-    averaged = record(monkeypatch, probe, "average")
-    ways = record(monkeypatch, probe, "probe_online")
+@pytest.mark.parametrize("flags, kept, views", [
+    (("linear", "--head", "linear"), True, 12), (("attentive",), True, 12),
+    (("attentive", "--cache-gb", 1e-5), False, 12), (("finetune",), False, 6),
+    (("finetune", "--views", 5, "--crops", 1, "--layers", 0, 3), False, 5)])
+def test_all_views_and_crops_of_a_test_clip_are_averaged_once(flags, kept, views, both, toy, monkeypatch):
+    averaged = record(monkeypatch, kinds, "average")
+    made = record(monkeypatch, probe, "keep")
     row = probed(both, "toy", toy, *QUICK, "--lr", 1e-3, "--crops", 3, "--probe", *flags)
-    assert bool(ways) == online and row["views"] * row["crops"] == views and row["N"] == 16
-    assert sum(x.shape[-3] for (x, _), _ in averaged if x.shape[-2] == views) == 16     # clips
+    assert bool(made) == kept and row["views"] * row["crops"] == views and row["N"] == 16
+    assert {x.shape[-2] for (x, *_), _ in averaged} == {views}
+    assert sum(x.shape[0] for (x, *_), _ in averaged) == 3 * 16                         # clips: A, V and AV
 
 
 def test_the_score_of_a_clip_is_the_mean_over_its_views_and_crops(both, tmp_path):
@@ -288,18 +407,21 @@ def test_the_score_of_a_clip_is_the_mean_over_its_views_and_crops(both, tmp_path
     encoder = common.load_encoder(both)
     inputs = replace(INPUTS, seconds=0.5, video_seconds=None, resize=20)
     listing = data.list_clips("folder", tmp_path)
-    got, _ = probe.extract({"it": encoder}, listing, inputs, ["video"], 2, CPU, 0, crops=3)
+    source, _ = decoded(both, listing, "video", inputs=inputs, test_inputs=inputs, test=2, crops=3)
+    (_, tokens, got), = [outputs["video"] for outputs in source.testing([0], ["video"], "test")]
     alone = []
     for start, crop in itertools.product((0.0, 2.5), ("first", "center", "last")):
         clip = data.read_clip(tmp_path / "a.mp4", start, 0.5, 2, 20)["video"]
         view = data.crop_transform(inputs, crop)(torch.from_numpy(clip).permute(0, 3, 1, 2)).transpose(0, 1)
-        alone.append(encoder(video=data.normalize_video(view)[None])[1][0])
-    alone = torch.stack(alone)
-    torch.testing.assert_close(got["it", "video"][0], alone, atol=1e-5, rtol=1e-4)
-    head = probe.LinearHead(64, 2).eval()
-    torch.nn.init.normal_(head.linear.weight)
-    scores = probe.average(probe.predict(head, got["it", "video"], "cpu"), False)
-    torch.testing.assert_close(scores[0], head(None, alone).softmax(-1).mean(0), atol=1e-5, rtol=1e-4)
+        alone.append(encoder(video=data.normalize_video(view)[None]))
+    embedding = torch.cat([z for _, z in alone])
+    torch.testing.assert_close(got[0], embedding, atol=1e-5, rtol=1e-4)
+    source.views = replace(source.views, together=True)
+    (_, tokens, got), = [outputs["video"] for outputs in source.testing([0], ["video"], "test")]
+    for crop in range(3):                                   # the tokens of both places side by side
+        expected = torch.cat([alone[place * 3 + crop][0][0] for place in range(2)])
+        torch.testing.assert_close(tokens[0, crop].float(), expected, atol=0.02, rtol=0.02)     # bf16
+        torch.testing.assert_close(got[0, crop], embedding[crop::3].mean(0), atol=1e-4, rtol=1e-3)
 
 
 def test_attention_without_own_scores_equals_a_slow_softmax_over_the_others():
@@ -324,28 +446,24 @@ def test_the_share_of_barred_tokens_is_met_and_a_token_alone_is_never_barred():
 
 def test_regularised_masking_is_for_training_only_and_has_a_finite_gradient(ears):
     encoder = common.load_encoder(ears)
-    head = probe.LinearHead(encoder.dim, 3)
-    torch.nn.init.normal_(head.linear.weight)
-    plain, barred = [probe.Online(encoder, [head], "audio", False, share) for share in (0.0, 0.5)]
+    plain, barred = [probe.Tuned(encoder, share) for share in (0.0, 0.5)]
     batch = {"audio": torch.randn(4, 1, *encoder.vit.shape["audio"])}
-    assert torch.equal(plain.eval()(batch)[0], barred.eval()(batch)[0])
-    assert not torch.allclose(plain.train()(batch)[0], barred.train()(batch)[0])
-    barred(batch)[0].sum().backward()
+    assert torch.equal(plain.eval()(**batch)[1], barred.eval()(**batch)[1])
+    assert not torch.allclose(plain.train()(**batch)[1], barred.train()(**batch)[1])
+    barred(**batch)[1].square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in barred.parameters() if p.grad is not None)
 
 
 def test_fine_tuning_takes_the_rates_of_the_method(ears, tones, monkeypatch):
     """Head, encoder and label smoothing; no weight decay on the head."""
     optimizers = record(monkeypatch, torch.optim, "AdamW")
-    losses = record(monkeypatch, probe, "loss_of")
+    losses = record(monkeypatch, kinds, "loss_of")
     row = probed(ears, "held", tones, *QUICK, "--probe", "finetune")
     (groups,), _ = optimizers[0]
-    usual = METHOD["finetune"]
-    rate = usual["lr"][0]
     head, *encoder = [(group["peak"], group["weight_decay"]) for group in groups]
-    assert head == (rate, 0) and set(encoder) == {(usual["encoder_lr"], 0.05), (usual["encoder_lr"], 0.0)}
-    assert {share for (_, _, share), _ in losses} == {usual["smoothing"]}
-    assert (row["lr"], row["encoder_lr"], row["head"]) == (rate, usual["encoder_lr"], "linear")
+    assert head == (2e-3, 0) and set(encoder) == {(1e-5, 0.05), (1e-5, 0.0)}
+    assert {smoothing for (_, _, smoothing, _), _ in losses} == {0.1}
+    assert (row["lr"], row["encoder_lr"], row["head"]) == (2e-3, 1e-5, "standardised")
     trained = sum(len(group["params"]) for group in groups[1:])
     assert trained == len(list(common.load_encoder(ears).vit.parameters()))
 
@@ -356,12 +474,12 @@ def test_an_encoder_and_the_raw_input_take_sound_of_any_length(seconds, columns,
     clip = data.load_clip(tones / "test" / "low" / "0.wav", INPUTS.at(seconds, 16))
     tokens, embedding = encoder(**clip)
     assert tokens.shape == (1, 2 * columns, 64) and torch.isfinite(embedding).all()
-    assert probe.RawInput()(**clip)[1].shape == (1, 400)
+    assert features.RawInput()(**clip)[1].shape == (1, 400)
 
 
 # ---- features in a file --------------------------------------------------------------------------------
 
-def features(run_folder, name, folder, out, *more):
+def saved(run_folder, name, folder, out, *more):
     start(run_folder, name, folder, "--save-features", out, *more)
     with np.load(out) as file:                              # allow_pickle is off
         return dict(file)
@@ -374,7 +492,7 @@ def test_features_equal_what_the_layers_of_the_encoder_say_of_each_clip(
     folder = shutil.copytree(tones / "test" / "low", tmp_path / "sounds")
     (folder / "2.wav").rename(folder / "ü.wav")
     more = ["--layers", *layers] if layers else []
-    got = features(ears, "folder", folder, tmp_path / "f.npz", "--views", 1, "--patch-level", *more)
+    got = saved(ears, "folder", folder, tmp_path / "f.npz", "--views", 1, "--patch-level", *more)
     encoder = common.load_encoder(ears)
     width = 64 * len(layers or [0])
     assert got.keys() == {"files", "seconds", "clip", "patch"} and got["seconds"] == 2.0
@@ -389,25 +507,25 @@ def test_features_equal_what_the_layers_of_the_encoder_say_of_each_clip(
 
 
 def test_features_are_the_mean_over_the_views_and_have_the_labels_of_the_set(ears, tones, tmp_path, capsys):
-    got = features(ears, "many", tones, tmp_path / "f.npz", "--split", "test", "--patch-level")
+    got = saved(ears, "many", tones, tmp_path / "f.npz", "--split", "test", "--patch-level")
     assert got["patch"].shape == (8, 3, 24, 64) and got["classes"].tolist() == list(TONES)
     assert got["labels"].tolist()[:3] == [[1, 1, 0], [1, 0, 0], [0, 1, 1]]
     assert got["clip"] == pytest.approx(got["patch"].astype(np.float32).mean((1, 2)), abs=0.01)
     assert "high/2.wav" in "".join(capsys.readouterr())
-    got = features(ears, "held", tones, tmp_path / "f.npz", "--baseline", "raw")
+    got = saved(ears, "held", tones, tmp_path / "f.npz", "--baseline", "raw")
     assert got["clip"].shape == (32, 400) and got["seconds"] == 1.0
     assert [got["classes"][c] for c in got["labels"]] == [file.split("/")[1] for file in got["files"]]
 
 
 def test_clips_that_lack_a_stream_are_left_out_of_the_features(both, clips, tmp_path, capsys):
-    got = features(both, "folder", clips, tmp_path / "f.npz", "--views", 2)
+    got = saved(both, "folder", clips, tmp_path / "f.npz", "--views", 2)
     assert got["files"].tolist() == ["fast.mp4", "good.mp4"] and got["clip"].shape == (2, 64)
     assert "(4 left out)" in capsys.readouterr().out
 
 
 def test_features_that_do_not_fit_on_the_disk_leave_the_older_file_whole(ears, tones, tmp_path, capsys):
     out = tmp_path / "f.npz"
-    features(ears, "folder", tones, out)
+    saved(ears, "folder", tones, out)
     before = out.read_bytes()
     words = ("--save-features", out, "--patch-level")
     with full_disk(out.stat().st_size + 1000):
@@ -429,25 +547,6 @@ def test_an_encoder_whose_weights_are_no_numbers_has_no_score_and_no_features(
     assert [file.name for file in tmp_path.iterdir()] == ["latest.pt"]
 
 
-def test_a_head_that_was_lost_to_its_learning_rate_is_neither_chosen_nor_tested(monkeypatch):
-    x = torch.randn(40, 1, 8)
-    y = torch.arange(40) % 2
-    x[:, 0, 0] += 4 * y
-    real = probe.predict
-    lost = 2 * [True]
-
-    def predict(head, *more):
-        scores = real(head, *more)
-        return scores * float("nan") if lost and lost.pop() else scores
-
-    monkeypatch.setattr(probe, "predict", predict)
-    fit = functools.partial(probe.probe_cached, "linear", x, y, x, y, 2)
-    lost = [False, False, True]                             # the first of two, when they are compared
-    assert fit((1e-3, 1e-2), 50, 8, 0)["lr"] == 1e-2
-    lost = [True, False]                                    # the only one, when it is tested
-    fails(fit, (1e-2,), 50, 8, 0, match="scores of the test clips are not finite numbers.*; lower --lr")
-
-
 # ---- the command line ----------------------------------------------------------------------------------
 
 def test_the_flags_that_a_newcomer_gives_suffice(ears, tones, tmp_path, monkeypatch):
@@ -456,7 +555,7 @@ def test_the_flags_that_a_newcomer_gives_suffice(ears, tones, tmp_path, monkeypa
     done = command([sys.executable, *words], tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     row = last_row(ears)
-    assert (row["probe"], row["head"], row["lrs"]) == ("linear", "linear", list(METHOD["linear"]["lr"]))
+    assert (row["probe"], row["head"], row["lrs"]) == ("linear", "standardised", [1e-2, 1e-1])
     assert (row["N"], row["views"], row["crops"], row["absent"], row["step"]) == (8, 3, 1, "drop", 3)
     assert row["value"] > 60 and row["version"]                                         # chance: 38
     bad = command([sys.executable, *words, "--data-dir", "."], tmp_path)
@@ -464,8 +563,16 @@ def test_the_flags_that_a_newcomer_gives_suffice(ears, tones, tmp_path, monkeypa
 
 
 REFUSED = """
---head blocks | --head has no effect without --probe finetune or attentive
---cache-gb 0 | --cache-gb has no effect without --probe attentive
+--head blocks | --head blocks reads tokens; use --probe attentive
+--cache-gb 0 --probe finetune | --cache-gb has no effect without --probe linear or attentive
+--head regression --probe finetune | --head regression trains no encoder
+--recipe toy --probe finetune | --recipe toy is for frozen encoders
+--head regression --epochs 3 | --epochs has no effect on a regression
+--head regression --cache-gb 1 | --cache-gb has no effect on a regression
+--clips -1 | --clips -1 is out of range
+--clips 2 | 2 training clips; a probe needs at least 3
+--steps 0 | --steps 0 is out of range
+--save-features f.npz --seeds 1 | --seeds has no effect without a probe
 --regularised-masking .1 | --regularised-masking has no effect without --probe finetune
 --split test | --split has no effect without --save-features
 --patch-level | --patch-level has no effect without --save-features
@@ -483,8 +590,8 @@ REFUSED = """
 --lr 1e-3 inf | --lr inf is out of range
 --cache-gb nan --probe attentive | --cache-gb nan is out of range
 --views -1 | --views -1 is out of range
---seed -1 | --seed -1 is out of range
---seed 99999999999999999999 | --seed 99999999999999999999 is out of range
+--seeds 0 -1 | --seeds -1 is out of range
+--seeds 99999999999999999999 | --seeds 99999999999999999999 is out of range
 --layers -1 | --layers -1 is out of range
 --seconds 0 | out of range
 --regularised-masking 2 | out of range
@@ -493,12 +600,12 @@ REFUSED = """
 --save-features LONG | LONG: cannot be written .*; give --save-features another place
 --ckpt nowhere | no such checkpoint
 --ckpt TONES | latest.pt: there is no such checkpoint; give a run's folder or its latest.pt
---data one-fold | 0 training clips; a probe needs at least 3, outside of each fold
+--data one-fold | 0 training clips; a probe needs at least 3
 --data nothing | --data nothing: not a data set; one of toy,
 --data-dir TONES/train/low | a probe needs labels""".strip().splitlines()
 
 
-WORDS = ["--lr ²", "--epochs 1e3", "--views ²", "--seed 1.5", "--layers ²", "--crops 2"]
+WORDS = ["--lr ²", "--epochs 1e3", "--views ²", "--seeds 1.5", "--layers ²", "--crops 2"]
 
 
 @pytest.mark.parametrize("words", WORDS)

@@ -300,7 +300,7 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "draw_curves", lambda *_: None)
     report = tmp_path / "out/it-seed0/results.json"
     monkeypatch.setattr(probe, "toy_report", lambda *_: report.write_text('{"chance": {"audio": 12.5}}'))
-    monkeypatch.setattr(probe, "frozen_schedule", lambda clips, most=512: (8, 1))   # not 2,000 steps
+    monkeypatch.setattr(probe, "schedule", lambda protocol, clips: (8, 3))      # not 2,000 steps
     one = dict(rows={"it": "mjepa.py --size nano"}, after={"it": reproduce.attentive("video")})
     monkeypatch.setitem(reproduce.EXPERIMENTS, "methods", {**reproduce.EXPERIMENTS["methods"], **one})
     words = ["methods", "--out", str(tmp_path / "out"), "--data-dir", str(toy),

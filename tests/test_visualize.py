@@ -16,7 +16,7 @@ from test_probe import full_disk
 
 import common
 import data
-import probe
+import features
 import run
 import visualize
 
@@ -412,7 +412,7 @@ def test_the_map_has_a_row_and_a_point_for_each_clip_and_modality(
         label = data.TOY_CLASSES[i % 8]
         if label in group_of:
             clip = data.load_clip(toy / "test" / f"{i:05d}.mp4", encoder.inputs)
-            _, embedding = encoder(**probe.pick(clip, m))
+            _, embedding = encoder(**features.pick(clip, m))
             z.append(encoder.projector(embedding) if "projected" in flags else embedding)
             expected.append([f"{i:05d}.mp4", label, group_of[label], m])
     assert [[row[0].split("/")[-1], *row[1:4]] for row in rows] == expected
@@ -477,7 +477,7 @@ def test_clips_that_lack_a_stream_are_named_and_the_others_in_line(runs, tmp_pat
 
     def encode(clips):
         found = {}
-        for index, given, outputs in probe.encode_clips(
+        for index, given, outputs in features.encode_clips(
                 encoder, listing.subset(clips), INPUTS, ["av", "audio"], 2, CPU, 0, batch=4):
             parts = [*given.values(), *itertools.chain(*outputs.values())]      # each (B views, ...)
             for row, i in enumerate(index.tolist()):

@@ -1,0 +1,213 @@
+"""What is put on an encoder to measure it: heads, the losses and rates that they are trained with, the
+measures. Small modules and pure functions, each piece to be copied; probe.py uses them.
+
+A head takes (tokens (B, N, D), embedding (B, D)), of which it may leave one alone, and gives scores (B, C),
+in float32 also under autocast.
+"""
+import functools
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+import common
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Measures
+# ----------------------------------------------------------------------------------------------------------
+
+def accuracy(scores, targets):
+    """Top-1, in 0..1. scores (N, C), targets (N,); the target must be strictly the best, so that ties do not
+    count."""
+    own = scores.gather(1, targets[:, None])
+    below = (scores < own).sum(1)
+    return (below == scores.shape[1] - 1).float().mean().item()
+
+
+def mean_average_precision(scores, targets):
+    """(mAP in 0..1, number of classes that counted): the mean, over the classes that have a positive, of the
+    average precision. scores and targets (N, C). Clips with the same score share the precision at the end of
+    their tie."""
+    scores = torch.as_tensor(scores).double()
+    targets = torch.as_tensor(targets).double()
+    values = []
+    for s, y in zip(scores.T, targets.T):
+        if y.sum() > 0:
+            s, order = s.sort(descending=True)
+            last = torch.searchsorted(-s, -s, right=True)           # clips with this score or a better one
+            hits = y[order].cumsum(0)
+            precision = hits[last - 1] / last
+            values.append((precision * y[order]).sum() / y.sum())
+    if not values:
+        return 0.0, 0
+    return torch.stack(values).mean().item(), len(values)
+
+
+def measure(scores, targets):
+    """(name, value in percent, classes that counted, those that a clip is of): top-1 for class indices (N,),
+    mAP for zeros and ones (N, C)."""
+    if targets.ndim == 1:
+        return "top-1", 100 * accuracy(scores, targets), len(targets.unique())
+    value, counted = mean_average_precision(scores, targets)
+    return "mAP", 100 * value, counted
+
+
+def average(scores, multilabel, of="logits"):
+    """(..., views, C) scores -> (..., C), the mean over the views, in float64, where far less of them tie: of
+    the logits, or of the probabilities."""
+    scores = scores.double()
+    if of == "probabilities":
+        scores = scores.sigmoid() if multilabel else scores.softmax(-1)
+    return scores.mean(-2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Heads
+# ----------------------------------------------------------------------------------------------------------
+
+class LinearHead(nn.Module):
+    """Linear on the clip embedding, behind a LayerNorm with affine (AV-JEPA) or, standardised, minus the mean
+    and over the std of the training clips."""
+    def __init__(self, dim, classes, standardised=False):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, affine=False) if standardised else nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, classes)
+        nn.init.zeros_(self.linear.weight)              # unspecified: the start
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens, embedding):
+        with torch.autocast(embedding.device.type, enabled=False):
+            return self.linear(self.norm(embedding.float()))
+
+
+def ask_once(attend, query, x):
+    """What attend(query, x, x), a MultiheadAttention, says of one query (1, 1, D) and x (B, N, D): (B, D).
+
+    In another order, which is exact for a single query: the keys' matrix meets the query, the values' matrix
+    the mean, and no matrix all the tokens (toy: a tenth of the time)."""
+    heads = attend.num_heads
+    weight = attend.in_proj_weight.unflatten(0, (3, heads, -1))                     # (3, H, d, D)
+    bias = attend.in_proj_bias.unflatten(0, (3, heads, -1))                         # (3, H, d)
+    q = torch.einsum("hde,e->hd", weight[0], query[0, 0]) + bias[0]                 # (H, d)
+    # the bias of the keys cancels in the softmax
+    k = torch.einsum("hd,hde->he", q, weight[1]) / q.shape[1] ** 0.5                # (H, D)
+    a = (x @ k.T).softmax(1)                                                        # (B, N, H)
+    y = a.transpose(1, 2) @ x                                                       # (B, H, D)
+    v = torch.einsum("bhe,hde->bhd", y, weight[2]) + bias[2]                        # (B, H, d)
+    return attend.out_proj(v.flatten(1))                                            # (B, D)
+
+
+class AttentiveHead(nn.Module):
+    """AV-JEPA's: one learned query attends to the tokens as they are, then LayerNorm, then linear."""
+    def __init__(self, dim, classes):
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.trunc_normal_(self.query, std=0.02)
+        # unspecified: heads of 64 dimensions
+        self.attend = nn.MultiheadAttention(dim, max(1, dim // 64), batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, classes)
+
+    def forward(self, tokens, embedding):
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.linear(self.norm(ask_once(self.attend, self.query, tokens.float())))
+
+
+class CrossHead(nn.Module):
+    """V-JEPA's: one learned query attends to the normed tokens, is added to what it finds, and goes through
+    an MLP with a residual of its own; then linear. blocks: that the tokens go through before."""
+    def __init__(self, dim, classes, blocks=0):
+        super().__init__()
+        heads = max(1, dim // 64)                       # unspecified: of the tokens' blocks and of the query
+        self.blocks = nn.ModuleList(common.Block(dim, heads, 4 * dim) for _ in range(blocks))
+        self.query = nn.Parameter(torch.empty(1, 1, dim))
+        self.norm1 = nn.LayerNorm(dim)
+        self.attend = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+        self.linear = nn.Linear(dim, classes)
+        self.apply(common.ViT.init_weights)
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(self, tokens, embedding):
+        y = tokens.float()
+        for block in self.blocks:                       # under autocast in bf16, as an encoder's
+            y = block(y)
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = self.query[0] + ask_once(self.attend, self.query, self.norm1(y.float()))        # (B, D)
+            x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+            return self.linear(x)
+
+
+ON_EMBEDDING = {
+    "linear": LinearHead,
+    "standardised": functools.partial(LinearHead, standardised=True)}
+ON_TOKENS = {
+    "attentive": AttentiveHead,
+    "cross": CrossHead,
+    # MJEPA, second-hand: "cross-attention + 4 blocks + linear"
+    # unspecified: the order, here the blocks first, as in V-JEPA 2
+    "blocks": functools.partial(CrossHead, blocks=4)}
+HEADS = {**ON_EMBEDDING, **ON_TOKENS}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How they learn
+# ----------------------------------------------------------------------------------------------------------
+
+def loss_of(scores, targets, smoothing=0.0, weight=None):
+    """scores (B, C). Class indices (B,): cross-entropy with label smoothing. Zeros and ones (B, C): binary
+    cross-entropy, weight (C,): of a class's positives, without smoothing."""
+    if targets.ndim == 1:
+        return F.cross_entropy(scores, targets, label_smoothing=smoothing)
+    return F.binary_cross_entropy_with_logits(scores, targets.float(), pos_weight=weight)
+
+
+def positive_weight(positives, clips):
+    """Negatives over positives of each class, (C,): positives (C,) of so many clips. A class without any
+    counts as with one."""
+    positives = positives.clamp_min(1)
+    return (clips - positives) / positives
+
+
+def learning_rate(step, steps, peak, warmup=0.0, start=0.0, end=0.0):
+    """Linear from the share `start` of the peak to the peak in the share `warmup` of the steps, then a cosine
+    to `end`."""
+    return common.warmup_cosine(step, steps, round(warmup * steps), peak, start * peak, end)
+
+
+STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4)                 # C of the regression that are tried
+
+
+def regression(x, y, classes, C):
+    """Logistic regression by scikit-learn on standardised features: x (N, D), class indices y (N,) -> the
+    LinearHead that computes it. C: the inverse of the strength of its regularisation, for features that are
+    scaled to a mean square norm of 1. A class without clips in y is never said."""
+    head = LinearHead(x.shape[1], classes, standardised=True)
+    head.norm.running_mean = x.mean(0)
+    head.norm.running_var = x.var(0, correction=0)
+    head.eval()
+    said = y.unique()
+    with torch.no_grad():
+        head.linear.bias.fill_(-1e4)
+        head.linear.bias[said] = 0.0
+    if len(said) == 1:
+        return head
+    model = LogisticRegression(C=C / x.shape[1], max_iter=1000, tol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(head.norm(x).numpy(), y.numpy())
+    weight = torch.from_numpy(model.coef_).float()                      # (C, D); of two classes (1, D)
+    bias = torch.from_numpy(model.intercept_).float()
+    if len(weight) == 1:
+        weight = torch.cat([-weight / 2, weight / 2])
+        bias = torch.cat([-bias / 2, bias / 2])
+    with torch.no_grad():
+        head.linear.weight[said] = weight
+        head.linear.bias[said] = bias
+    return head

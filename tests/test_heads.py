@@ -1,0 +1,188 @@
+"""heads.py: measures, heads, losses and rates say what they mean, against libraries and slow loops."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.preprocessing import StandardScaler
+from torch.nn.functional import gelu, layer_norm, one_hot
+
+import heads
+from slow import random
+
+# ---- measures ------------------------------------------------------------------------------------------
+
+def slow_map(scores, targets):
+    """Mean over classes of: for each positive, the share of positives among those at least as high."""
+    values = []
+    for s, y in zip(scores.T, targets.double().T):
+        precisions = [y[s >= own].mean().item() for own in s[y == 1]]
+        if precisions:
+            values.append(np.mean(precisions))
+    return np.mean(values), len(values)
+
+
+@pytest.mark.parametrize("levels", [1000, 4])
+def test_mean_average_precision_is_a_slow_loop_s_and_scikit_learn_s_also_with_ties_and_without_empty_classes(
+        levels):
+    scores = (random(60, 7).sigmoid() * levels).round()
+    targets = (random(60, 7, seed=1) > 0.8).float()
+    targets[:, 3] = 0
+    value, counted = heads.mean_average_precision(scores, targets)
+    assert (value, counted) == (pytest.approx(slow_map(scores, targets)[0], abs=1e-9), 6)
+    there = targets.any(0)
+    theirs = average_precision_score(targets[:, there].numpy(), scores[:, there].numpy(), average="macro")
+    assert value == pytest.approx(theirs, abs=1e-9)
+
+
+def test_the_accuracy_counts_no_ties():
+    assert heads.accuracy(torch.eye(4), torch.arange(4)) == 1
+    assert heads.accuracy(torch.zeros(10, 4), torch.arange(10) % 4) == 0
+
+
+def test_classes_count_that_a_test_clip_is_of():
+    scores = random(6, 5)
+    targets = torch.tensor([0, 0, 3, 3, 3, 0])
+    assert heads.measure(scores, targets)[2] == 2
+    assert heads.measure(scores, one_hot(targets, 5))[2] == 2
+
+
+def test_views_are_averaged_as_logits_or_as_probabilities_so_that_far_scores_do_not_tie():
+    scores = random(5, 3, 4)
+    for many, turn in ((False, lambda x: x.softmax(-1)), (True, torch.sigmoid)):
+        expected = sum(turn(scores[:, view].double()) for view in range(3)) / 3
+        torch.testing.assert_close(heads.average(scores, many, "probabilities"), expected)
+        torch.testing.assert_close(heads.average(scores, many), scores.double().mean(1))
+    sure = torch.tensor([[[20.0]], [[20.1]]])               # the sigmoid of either is 1 in float32
+    assert len(set(heads.average(sure, True, "probabilities").flatten().tolist())) == 2
+
+
+# ---- heads ---------------------------------------------------------------------------------------------
+
+def started(head, std=0.3):
+    for p in head.double().parameters():
+        torch.nn.init.normal_(p, std=std)
+    return head
+
+
+def by_library(kind, head, tokens):
+    """What the formulas of the heads on tokens say, by torch's own attention."""
+    def ask(x):
+        return head.attend(head.query.expand(len(x), -1, -1), x, x)[0][:, 0]
+
+    def norm(module, x):
+        return layer_norm(x, x.shape[-1:], module.weight, module.bias)
+
+    if kind == "attentive":
+        return head.linear(norm(head.norm, ask(tokens)))
+    for block in head.blocks:
+        tokens = block(tokens)
+    x = head.query[0] + ask(norm(head.norm1, tokens))
+    return head.linear(x + head.fc2(gelu(head.fc1(norm(head.norm2, x)))))
+
+
+def test_the_single_query_has_the_output_and_the_gradients_of_the_library_s_attention():
+    head = started(heads.AttentiveHead(128, 5))
+    tokens = random(3, 7, 128).double().requires_grad_()
+    learnt = [tokens, head.query, *head.attend.parameters()]
+    got = heads.ask_once(head.attend, head.query, tokens)
+    wanted = head.attend(head.query.expand(3, -1, -1), tokens, tokens)[0][:, 0]
+    torch.testing.assert_close(got, wanted)
+    gradients = [torch.autograd.grad(x.square().mean(), learnt) for x in (got, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind, blocks", [("attentive", 0), ("cross", 0), ("blocks", 4)])
+def test_a_head_on_tokens_computes_its_formula_in_float32_also_under_autocast(kind, blocks):
+    head = started(heads.HEADS[kind](128, 5), 0.05).float()
+    tokens = random(3, 7, 128)
+    got = head(tokens, None)
+    torch.testing.assert_close(got, by_library(kind, head, tokens), atol=1e-5, rtol=1e-4)
+    assert len(getattr(head, "blocks", ())) == blocks and head.attend.num_heads == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = head(tokens.bfloat16(), None)
+    assert cast.dtype == torch.float32
+    if not blocks:
+        torch.testing.assert_close(cast, head(tokens.bfloat16().float(), None))
+
+
+@pytest.mark.parametrize("kind", heads.ON_EMBEDDING)
+def test_a_linear_head_is_linear_behind_its_norm_and_float32(kind):
+    head = started(heads.HEADS[kind](16, 5)).float()
+    x = 3 * random(40, 16) + 1
+    if kind == "linear":
+        normed = layer_norm(x, (16,), head.norm.weight, head.norm.bias)
+    else:
+        normed = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+        assert not list(head.norm.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = head(None, x)
+    torch.testing.assert_close(got, normed @ head.linear.weight.T + head.linear.bias, atol=1e-5, rtol=1e-4)
+
+
+def test_a_query_starts_as_a_truncated_normal_of_02():
+    for kind in heads.ON_TOKENS.values():
+        query = kind(512, 2).query
+        assert query.std().item() == pytest.approx(0.02, rel=0.2) and query.abs().max() > 0.03
+
+
+# ---- losses and rates ----------------------------------------------------------------------------------
+
+def test_the_loss_of_one_label_is_smoothed_and_that_of_several_weighs_the_positives():
+    scores = random(6, 4).double()
+    label = torch.tensor([0, 3, 1, 1, 2, 0])
+    expected = 0.0
+    for s, y in zip(scores.tolist(), label.tolist()):
+        log_z = math.log(sum(map(math.exp, s)))
+        aim = [0.1 / 4 + 0.9 * (c == y) for c in range(4)]
+        expected -= sum(a * (x - log_z) for a, x in zip(aim, s)) / 6
+    assert heads.loss_of(scores, label, 0.1).item() == pytest.approx(expected)
+    many = (random(6, 4, seed=1) > 0.3).long()
+    many[:, 2] = 0                                          # counts as with one positive
+    weight = heads.positive_weight(many.sum(0), 6)
+    expected = 0.0
+    for c in range(4):
+        positives = max(1, sum(many[:, c].tolist()))
+        for s, y in zip(scores[:, c].tolist(), many[:, c].tolist()):
+            p = 1 / (1 + math.exp(-s))
+            expected -= ((6 - positives) / positives * math.log(p) if y else math.log(1 - p)) / 24
+    assert heads.loss_of(scores, many, 0.1, weight).item() == pytest.approx(expected)   # and no smoothing
+    plain = heads.loss_of(scores, many).item()
+    assert plain == pytest.approx(heads.loss_of(scores, many, 0.1, torch.ones(4)).item())
+
+
+def test_the_rate_warms_up_from_a_share_of_the_peak_and_ends_where_it_says():
+    rates = [heads.learning_rate(step, 100, 2.0, 0.05, 0.1, 1e-7) for step in range(100)]
+    for step in range(5):
+        assert rates[step] == pytest.approx(0.2 + 1.8 * (step + 1) / 5)
+    for step in range(5, 100):
+        assert rates[step] == pytest.approx(1e-7 + (2 - 1e-7) * (1 + math.cos(math.pi * (step - 5) / 94)) / 2)
+    assert [heads.learning_rate(step, 3, 1.0) for step in range(3)] == pytest.approx([1, 0.5, 0])
+
+
+# ---- regression ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_regression_has_the_scores_of_scikit_learn_s_on_standardised_features(classes):
+    x = 3 * random(120, 9) + 2
+    y = torch.arange(120) % classes
+    x[:, :classes] += one_hot(y, classes)
+    head = heads.regression(x, y, classes, 10.0)
+    scaler = StandardScaler().fit(x.numpy())
+    model = LogisticRegression(C=10.0 / 9, max_iter=1000, tol=1e-8)
+    model.fit(scaler.transform(x.numpy()), y.numpy())
+    new = 3 * random(30, 9, seed=1) + 2
+    got = head(None, new).softmax(-1).detach().numpy()
+    np.testing.assert_allclose(got, model.predict_proba(scaler.transform(new.numpy())), atol=5e-3)
+
+
+def test_a_class_without_training_clips_is_never_said():
+    x = random(60, 5)
+    head = heads.regression(x, 2 * (torch.arange(60) % 2) + 1, 4, 1.0)     # classes 1 and 3
+    scores = head(None, random(50, 5, seed=1))
+    assert set(scores.argmax(1).tolist()) == {1, 3} and torch.isfinite(scores).all()
+    alone = heads.regression(x, torch.full((60,), 2), 4, 1.0)
+    assert set(alone(None, x).argmax(1).tolist()) == {2}

@@ -239,7 +239,7 @@ class Troubles:
     def count(self, batch):
         """What the clips of a batch lack, of the streams that were asked for; and how many had a view in
         which nothing decoded, so that others were drawn for them."""
-        self.counts["empty"] += batch.get("empty", 0)
+        self.counts["empty"] += len(batch.get("empty", ()))
         if len(batch["index"]) == 0:
             return
         for key in ("video", "audio"):
@@ -252,8 +252,8 @@ class Troubles:
         self.count(batch)
         self.name(batch["bad"])
         if batch["lost"]:
-            last = batch["bad"][-1] if batch["bad"] else "nothing decodes in one of its views"
-            raise UserError(f"{TRIES} clips in a row do not decode, the last: {last}; {LOOK}")
+            last = [*batch.get("empty", ()), *batch["bad"]][-1]
+            raise UserError(f"{TRIES} clips in a row cannot be used, the last: {last}; {LOOK}")
         if len(self.bad) > self.max_share * self.total:
             raise UserError(f"{len(self.bad)} of {self.total:,} clips do not decode, more than "
                             f"{self.max_share:.0%}: stopped; {LOOK}, or raise --max-bad")

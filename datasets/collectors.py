@@ -11,6 +11,7 @@ import torchaudio
 LOOK_AHEAD = 0.05       # seconds of sound after the last window: the resampling filter looks a little ahead
 SLACK = 0.1             # seconds that a window may lie outside of what decoded: with more the clip is short
 JITTER = 0.05           # seconds by which a timestamp of sound may differ from the samples before it
+THINNEST = 32           # longer side of a picture over the shorter one; above it costs gigabytes
 BEFORE = 2.0            # seconds of sound before the first window that are kept
 BEYOND = 20             # frames of sound after the last window that end it; one may be a wrong timestamp
 RATES = (1000, 1000000)         # Hz: a rate outside of these is a broken header
@@ -37,6 +38,7 @@ class Pictures:
         self.on = set()                                         # windows in which a frame is on screen
         self.shape = None                                       # (height, width) of the first picture
         self.frame = None                                       # the frame on screen ...
+        self.since = math.inf                                   # ... from this time on
         self.picture = None                                 # ... and its picture, once a moment asks for it
         self.count = 0                                          # frames that came
         self.begin = math.inf                                   # when the first one came ...
@@ -46,14 +48,13 @@ class Pictures:
     def add(self, frame, time):
         """The next frame, shown from `time` on: what was on screen until now is given to the moments
         before."""
+        self.mark(time)
         while self.moments and self.moments[0][0] < time - 1e-6:
-            early = self.frame is None                          # a moment before the first frame
-            if early:
+            if self.frame is None:                              # a moment before the first frame
                 self.frame = frame
-            self.take(not early or self.moments[0][0] > time - SLACK)
-            if early:
-                self.frame = None
+            self.take()
         self.frame = frame
+        self.since = time
         self.picture = None
         self.count += 1
         self.begin = min(self.begin, time)
@@ -63,20 +64,25 @@ class Pictures:
     def frame_seconds(self):
         return float(1 / (self.stream.average_rate or 10))
 
-    def take(self, on):
-        """The next moment has the frame on screen. on: it is there at this moment; else it is the nearest."""
+    def mark(self, until):
+        """The frame on screen goes at `until`: in which windows was it?"""
+        for w, (start, seconds) in enumerate(self.windows):
+            if self.since < start + seconds and until > start:
+                self.on.add(w)
+
+    def take(self):
+        """The next moment has the frame on screen."""
         if self.picture is None:
             self.picture = picture(self.frame, self.size, self.reformatter, self.aspect)
             self.shape = self.shape or self.picture.shape[:2]
         _, place = self.moments.popleft()
         self.found[place] = self.picture
-        if on:
-            self.on.add(place[0])
 
     def finish(self):
         """The last frame stays on screen."""
+        self.mark(self.end)
         while self.moments and self.frame is not None:
-            self.take(self.moments[0][0] < self.end + SLACK)
+            self.take()
 
     def is_late(self, first):
         """Whether it lacks the picture at `first`."""
@@ -88,7 +94,7 @@ class Pictures:
         return self.begin > start_of(self.windows) + SLACK or self.end < self.until - SLACK
 
     def seen(self):
-        """For each window: is a frame on screen at one of its moments?"""
+        """For each window: is a frame on screen in it?"""
         return [w in self.on for w in range(len(self.windows))]
 
     def arrays(self, shape):
@@ -237,8 +243,11 @@ def pixel_aspect(stream):
 
 
 def picture(frame, size, reformatter, aspect=1.0):
-    """A decoded frame as (H, W, 3) uint8: short side `size`, turned upright. aspect: of a pixel."""
+    """A decoded frame as (H, W, 3) uint8: short side `size`, turned upright. aspect: of a pixel. ValueError
+    where one side is many times the other."""
     shown = frame.width * aspect                                # the width in pixels that are square
+    if not 1 / THINNEST < shown / frame.height < THINNEST:
+        raise ValueError(f"its pictures are {frame.width} x {frame.height}")
     scale = size / min(shown, frame.height)
     width = max(size, round(shown * scale))
     height = max(size, round(frame.height * scale))

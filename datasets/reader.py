@@ -50,7 +50,7 @@ def errors_as_sentence(path):
         yield
     except av.error.ExitError:
         raise too_slow(path) from None
-    except (av.error.FFmpegError, OSError, ValueError, IndexError) as e:
+    except (av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError) as e:
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise ClipError(f"{path}: does not decode ({reason})") from None
 
@@ -154,11 +154,14 @@ class Clip:
 
     def shorten(self, video, audio):
         """Measure the length: as far as all streams reach that are asked for. video, audio: are they? Returns
-        whether it is less than was thought."""
+        whether it is less than was thought, or the video none."""
         asked = {"video": video, "audio": audio}
+        lonely = self.lonely
         for decode in (False, True):
             with errors_as_sentence(self.path):
                 ends = self.ends(decode)
+            if self.lonely and not lonely:
+                return True
             seconds = min((end for kind, end in ends.items() if asked[kind]), default=self.seconds)
             if seconds < self.seconds - SLACK:
                 self.set_length(seconds)
@@ -177,6 +180,9 @@ class Clip:
         holds its nearest frame and the sound is zero). An absent stream is zeros. Raises ClipError."""
         shown = self.on_clock(video_windows)
         heard = self.on_clock(audio_windows)
+        for start, seconds in shown + heard:
+            if not (math.isfinite(start) and 0 < seconds < math.inf):
+                raise UserError(f"{self.path}: a window from {start} of {seconds} seconds cannot be read")
         with errors_as_sentence(self.path):
             self.budget += max(0.0, sum(seconds for _, seconds in {*shown, *heard}) - MAX_SECONDS)
             passes = []
@@ -184,8 +190,8 @@ class Clip:
                 wanted = [window for window in shown if first <= window[0] <= last]
                 sounds = [window for window in heard if first <= window[0] <= last]
                 passes.append(self.read_stretch(first, wanted, sounds, num_frames, size, sample_rate))
-            if self.video is not None and passes and sum(pictures.count for pictures, _ in passes) == 1:
-                self.ends()
+            if self.video is not None and max((pictures.count for pictures, _ in passes), default=0) == 1:
+                self.ends()                                     # is it all there is?
             came = any(pictures.count or sound.count for pictures, sound in passes)
             absent = self.video is None and self.audio is None
             if absent or passes and not came and not self.decodes(bool(shown), bool(heard)):
@@ -231,9 +237,10 @@ class Clip:
 
     def read_stretch(self, first, wanted, sounds, num_frames, size, sample_rate):
         """One pass, from `first` on: (Pictures, Sound) of the windows `wanted` and `sounds`. A seek that came
-        too late, or to nothing, is done again without one."""
+        too late, or to nothing, is done again without one, and if need be by decoding all that comes
+        before."""
         jumps = first > SEEK_FROM
-        for sought in (True, False):
+        for sought, lead in ((True, first), (False, first), (False, -math.inf)):
             if sought and not (jumps and self.seek(first)):
                 continue
             if not sought:
@@ -241,7 +248,7 @@ class Clip:
             pictures = Pictures(self.video, wanted, num_frames, size)
             sound = Sound(self.audio, sounds, sample_rate)
             streams = [part.stream for part in (pictures, sound) if part.open]
-            for stream, frame in self.frames(streams, first if jumps else -math.inf, sought):
+            for stream, frame in self.frames(streams, lead if jumps else -math.inf, sought):
                 part = pictures if stream.type == "video" else sound
                 if part.open:
                     part.add(frame, frame.time - self.origin)
@@ -250,6 +257,8 @@ class Clip:
             pictures.finish()
             sound.finish()
             if not (pictures.is_late(first) or sound.is_late(first)):
+                break
+            if not (sought or jumps and pictures.is_late(first)):       # else its key frames are none
                 break
         self.shape = self.shape or pictures.shape
         return pictures, sound

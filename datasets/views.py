@@ -60,7 +60,7 @@ class Clips(Dataset):
     bool, decoded (V, 2) bool: was there something in the file to fill them with, index, has_video, has_audio
     (in all views that have them), short, bad, empty. A clip that does not decode is named in `bad`, and with
     `replace` another one is drawn for it; without, the item holds no more. With `replace` another one is
-    drawn, too, for a clip with a view in which nothing decoded; `empty` counts these.
+    drawn, too, for a clip with a view in which nothing decoded; `empty` names these.
 
     plan(rng, duration) -> list of View is the method's policy (at module level: it must pickle).
     """
@@ -80,15 +80,15 @@ class Clips(Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         bad = []
-        empty = 0
+        empty = []
         with one_thread():                      # also for the same bits with and without workers
             for _ in range(TRIES):
                 try:
                     item = self.item(index, rng)
-                    filled = item["decoded"].any(-1)                                        # (V,)
-                    if filled.all() or not self.replace:
+                    lacks = lacking(item["present"], item["decoded"])
+                    if not lacks or not self.replace:
                         return {**item, "bad": bad, "empty": empty}
-                    empty += 1
+                    empty.append(f"{self.listing.path(index)}: has no {lacks} for one of its views")
                 except ClipError as e:
                     bad.append(str(e))
                 if not self.replace:
@@ -150,6 +150,15 @@ def read_windows(path, inputs, plan):
                 return video, audio, read
 
 
+def lacking(present, decoded):
+    """What the first view has nothing of in which nothing decoded: pictures, sound, or both; present and
+    decoded (V, 2). None where each view has something."""
+    for wants, has in zip(present.tolist(), decoded.tolist()):
+        if not any(has):
+            return " and no ".join(word for word, wanted in zip(("pictures", "sound"), wants) if wanted)
+    return None
+
+
 def unique(values):
     """Each of the values once, in the order in which they first come."""
     return list(dict.fromkeys(values))
@@ -157,13 +166,16 @@ def unique(values):
 
 def collate(items):
     """A list of items -> a batch: video (sum of Vv, 3, T, H, W), audio (sum of Va, 1, F, T), present and
-    decoded (B, V, 2), index, has_video, has_audio, short (each (B,)), bad (messages), empty (clips that were
-    drawn again) and lost (how many items hold no clip)."""
+    decoded (B, V, 2), index, has_video, has_audio, short (each (B,)), bad and empty (messages)
+    and lost (how many items hold no clip)."""
     bad = []
     for item in items:
         bad += item["bad"]
     whole = [item for item in items if "index" in item]
-    batch = {"bad": bad, "empty": sum(item["empty"] for item in items), "lost": len(items) - len(whole)}
+    empty = []
+    for item in items:
+        empty += item["empty"]
+    batch = {"bad": bad, "empty": empty, "lost": len(items) - len(whole)}
     if not whole:
         return {**batch, "index": torch.zeros(0, dtype=torch.long)}
     for key in ("video", "audio"):

@@ -409,6 +409,18 @@ FATES = {
         FLAT | {"bus/train/1.mp4": "class bus", "bus/test/2.mp4": "class bus"}),
     "a clip beside classes": (
         "left out: 1 clip beside the sub-folders: 'loose.mp4'", FLAT | {"loose.mp4": ""}),
+    "words in the names": (
+        "(splits by folder: UCF_train/ for training, UCF-Test01/ for the test)",
+        {"UCF_train/a/1.mp4": "train a", "UCF-Test01/a/2.mp4": "test a"}),
+    "classes with such words": (
+        "(sub-folders are classes, one clip in five is for the test)",
+        FLAT | {f"train whistling/{i}.mp4": "class train whistling" for i in range(9)}),
+    "a folder around": (
+        "(all in 'set/v2/'; splits by folder: train/ for training, test/ for the test)",
+        {"set/v2/train/a/1.mp4": "train a", "set/v2/test/a/2.mp4": "test a"}),
+    "a folder around classes": (
+        "(all in 'clips/'; sub-folders are classes, one clip in five is for the test)",
+        {f"clips/{file}": fate for file, fate in FLAT.items()}),
     "no folders": ("(no sub-folders, so no labels)", {"1.mp4": "class", "2.MP4": "class"})}
 
 

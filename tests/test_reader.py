@@ -17,6 +17,7 @@ import pytest
 import torch
 from av.stream import Disposition
 
+import common
 import data
 from conftest import command, fails, numbered, read_number
 from data import ClipError, Inputs
@@ -40,6 +41,7 @@ class Track(NamedTuple):
     at: float = 0.0
     size: tuple = (48, 64)                              # of pictures
     aspect: Fraction | None = None                      # of their pixels
+    refreshes: bool = False                             # key frames are columns that move, of many frames
     rate: int = 16000                                   # of sound
     gains: tuple = (1.0,)                               # of its channels
     bits: int | None = None                             # a second
@@ -103,6 +105,8 @@ def add_track(container, track):
         stream = container.add_stream(track.codec, rate=track.rate, layout=layout, options=options)
         frames = sounds(stream, track)
     else:
+        if track.refreshes:
+            options |= {"preset": "veryfast", "x264-params": "intra-refresh=1:scenecut=0"}
         if track.b_frames:
             options |= {"bf": "2", "preset": "veryfast"}
         stream = container.add_stream(track.codec, rate=FPS, options=options)
@@ -296,6 +300,10 @@ WHOLE = {                                               # name: (v: pictures, a:
     "opposite.mp4": ("va", partial(record, [H264, STEREO._replace(gains=(1.0, -1.0))]))}
 
 
+for ending in ("mp4", "ts"):
+    WHOLE[f"refreshed.{ending}"] = ("v", partial(record, [H264._replace(refreshes=True)]))
+
+
 # --- Whole files: the right length, the right moment ---
 
 def read(path, windows):
@@ -344,6 +352,33 @@ def test_pixels_that_are_not_square_are_shown_as_they_are_meant(tmp_path, end, a
     record([H264._replace(aspect=aspect, end=1.0)], tmp_path / f"wide.{end}")
     pictures = data.read_clip(tmp_path / f"wide.{end}", 0.2, 0.5, 5, 48)["video"]
     assert pictures.shape[1:3] == shape and abs(late(pictures, (0.2, 0.5))) < 0.11
+
+
+def test_a_single_picture_is_no_video_in_windows_far_apart(tmp_path):
+    record([H264._replace(end=0.1), AAC._replace(end=30.0)], tmp_path / "one.mp4")
+    found = read(tmp_path / "one.mp4", [(0.0, 1.0), (28.0, 1.0)])
+    assert found["seen"] == [False, False] and found["heard"] == [True, True] and not found["short"]
+    views = partial(data.even_views, 2, SMALL)
+    listing = data.make_listing("one", tmp_path, ["one.mp4"], None, [])
+    assert data.Clips(listing, SMALL, views, replace=False)[0, 0]["decoded"].tolist() == [[False, True]] * 2
+
+
+def test_a_picture_shorter_than_the_window_is_seen(tmp_path):
+    record([H264._replace(end=0.4)], tmp_path / "brief.mp4")
+    assert data.read_clip(tmp_path / "brief.mp4", 0.0, 10.0, 1, 48)["has_video"]
+
+
+def test_pictures_that_are_nearly_a_line_are_named(tmp_path):
+    record([Track("ffv1", end=0.3, size=(2, 1000))], tmp_path / "line.mkv")
+    with pytest.raises(data.ClipError, match="1000 x 2"):
+        data.read_clip(tmp_path / "line.mkv", 0.0, 0.3, 2, 48)
+
+
+@pytest.mark.parametrize("window", [(np.nan, 1.0), (-np.inf, 1.0), (0.0, np.inf), (0.0, 0.0)])
+def test_a_window_that_is_none_is_named(tmp_path, window):
+    record([PCM], tmp_path / "some.wav")
+    with pytest.raises(common.UserError, match="cannot be read"):
+        data.read_clip(tmp_path / "some.wav", *window)
 
 
 # --- A clip of which a part is there ---

@@ -13,6 +13,11 @@ What differs from the paper or where it is silent stands at its line: `# differs
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         ajepa.py --data audioset --data-dir audioset/                        # the same line on each node
 """
+import signal
+
+# Ctrl-C while the rest is imported ends the command at once, without a traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import copy
 import functools
 import math

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from dataclasses import fields
 from pathlib import Path
@@ -366,8 +367,8 @@ def ema_update(target, online, tau):
 
 
 class RunningMean(nn.Module):
-    """The running mean (dim,) of targets: the guess of a predictor that knows nothing of the clip. Of rank
-    0's targets under torchrun."""
+    """The running mean (dim,) of targets, over all processes: the guess of a predictor that knows nothing of
+    the clip."""
     def __init__(self, dim):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
@@ -376,12 +377,12 @@ class RunningMean(nn.Module):
     def update(self, x, step, weight=None):
         """x (N, dim); weight (N,): those whose weight is 0 do not count."""
         rate = max(0.01, 1 / (step + 1))
-        if weight is None:
-            self.mean.lerp_(x.mean(0), rate)
-            return
-        total = weight.sum()
-        mean = (weight[:, None] * x).sum(0) / total.clamp_min(1e-12)
-        self.mean.lerp_(mean, rate * (total > 0))
+        weight = x.new_ones(len(x)) if weight is None else weight
+        total = torch.cat([(weight[:, None] * x).sum(0), weight.sum()[None]])  # (dim + 1,)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        mean = total[:-1] / total[-1].clamp_min(1e-12)
+        self.mean.lerp_(mean, rate * (total[-1] > 0))
 
 
 @torch.no_grad()
@@ -473,8 +474,8 @@ def load_checkpoint(path, method=None):
     """The dict of a run's latest.pt, on the CPU. path: the file, or the folder of the run; method: the name
     of the one that it must be of. Raises UserError if it is missing, cut off, or of another method or
     version, or if its entries are not what a run writes."""
-    path = Path(path) / "latest.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
+    path = Path(path) / "latest.pt" if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(path):                       # nor is a name that is too long
         raise UserError(f"{path}: there is no such checkpoint; give a run's folder or its latest.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -518,37 +519,59 @@ def check_content(content):
     steps = content.get("steps", step)
     if type(step) is not int or type(steps) is not int or not 0 <= step <= steps:
         return f"it is at step {step!r} of {steps!r}"
-    return None
+    planned = content["recipe"].get("steps", steps)
+    return None if planned == steps else f"it is at step {step} of {steps}, while its recipe has {planned!r}"
 
 
 def check_inputs(found):
     """What is wrong with the fields of a checkpoint's data.Inputs, None where nothing is."""
-    from datasets.inputs import Inputs                 # here, so that this file can be copied from alone
-    kinds = {field.name: field.type for field in fields(Inputs)}
-    for name in sorted(kinds.keys() ^ found.keys(), key=str):
+    from datasets.inputs import Inputs, LogMel         # here, so that this file can be copied from alone
+    for name in sorted({field.name for field in fields(Inputs)} ^ found.keys(), key=str):
         return f"its inputs {'have' if name in found else 'lack'} a field '{name}'"
-    words = {"window": ("hamming", "hann"), "log": ("db", "ln", "db_max")}
-    for name, kind in kinds.items():
-        value = found[name]
-        fits = isinstance(value, kind) or type(value) is int and isinstance(0.0, kind)
-        if isinstance(value, tuple):
-            fits = fits and all(map(is_number, value))
-        if isinstance(value, float):
-            fits = fits and is_number(value)
-        if not fits or value not in words.get(name, [value]):
-            return f"the '{name}' of its inputs is {value!r}"
+    inputs = Inputs(**found)
+    if inputs.log not in ("db", "ln", "db_max"):
+        return f"the 'log' of its inputs is {inputs.log!r}"
+    try:
+        for name in ("seconds", "video_seconds", "size", "resize", "sample_rate", "frame_rate", "n_fft"):
+            if found[name] is not None:
+                check_range(name, found[name], 0.01, 10 ** 6)
+        if inputs.n_mels:
+            check_range("mel_frames", inputs.mel_frames, 1, 10 ** 6)
+            mel = LogMel(inputs)
+            made = mel(torch.zeros(2 * inputs.n_fft))                           # (1, F, T)
+            check_range("mel_std", mel.std.min().item(), 1e-9, 1e9)
+            if made.shape[1] != inputs.n_mels or not made.isfinite().all():
+                raise ValueError("mel_mean and mel_std do not fit n_mels")
+    except Exception as e:                             # a number can be wrong in many ways
+        return f"its inputs make no clip {reason(e)}"
     return None
 
 
-def is_number(x):
-    return type(x) in (int, float) and math.isfinite(x)
+def check_shapes(vit, found):
+    """ValueError where the fields of a data.Inputs make other clips than the encoder takes."""
+    from datasets.inputs import Inputs
+    inputs = Inputs(**found)
+    made = {"video": (inputs.frames, inputs.size, inputs.size), "audio": (inputs.n_mels, inputs.mel_frames)}
+    for modality, shape in vit.shape.items():
+        if shape != made[modality]:
+            raise ValueError(f"it takes {shape}, its inputs make {made[modality]}")
+
+
+def reason(error):
+    """An error of any kind as a part of a sentence."""
+    return " ".join(f"({type(error).__name__}: {error})".split())
 
 
 def load_weights(module, weights, path):
     """load_state_dict, with a sentence where the names or the shapes are others."""
-    if weights.keys() != module.state_dict().keys():
+    own = module.state_dict()
+    if weights.keys() != own.keys():
         raise UserError(f"{path}: its weights have other names than the model that was asked for: another "
                         "--size or recipe, or another version of the code (its 'version' names the commit)")
+    for name, x in weights.items():
+        if x.is_floating_point() != own[name].is_floating_point() or not x.isfinite().all():
+            raise UserError(f"{path}: '{name}' in the file holds something else than finite weights, nothing "
+                            "goes on from there; give another checkpoint, or train again with --fresh")
     try:
         module.load_state_dict(weights)
     except RuntimeError:
@@ -607,6 +630,7 @@ def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, 
         with torch.random.fork_rng(devices=[]):        # the caller's random stream stays as it was
             seed_step(content["args"]["seed"], 0)
             vit = ViT(**content["encoder"])
+            check_shapes(vit, content["inputs"])
             if content["projector"] and not layers:
                 projector = mlp(vit.dim, content["projector"])
             if content["cross"] and cross and not layers:
@@ -615,9 +639,8 @@ def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, 
                     predictors[name] = mlp(vit.dim, widths, norm=False)
                 teacher = copy.deepcopy(vit)
     except Exception as e:                             # what is said of a network can be wrong in many ways
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise UserError(f"{path}: its 'encoder' or 'projector' describes no network of this version of the "
-                        f"code ({reason}); its 'version' names the commit that wrote it") from None
+                        f"code {reason(e)}; its 'version' names the commit that wrote it") from None
     vit.absent = absent or vit.absent
     for layer in layers or ():
         check_range("--layers", layer, 0, len(vit.blocks) - 1)
@@ -662,6 +685,35 @@ def check_range(name, value, low, high):
     return value
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def handle_signals(handler):
+    """Give the signals that end a command to handler(number, frame), but for those that are ignored (SIGHUP
+    under nohup). Returns {number: the handler before}; in another thread than the main one nothing
+    changes."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    return before
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Signals come after the block: in a fork or a __del__ Python swallows what their handlers raise."""
+    came = []
+    before = handle_signals(lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def end_workers():
     """End the data workers that are left, by SIGKILL since they ignore SIGTERM: Python would wait for them
     at its exit."""
@@ -673,15 +725,17 @@ def end_workers():
 
 def main_guard(main):
     """Run a script's main(): bad input ends with its sentence and exit code 2, a signal that nobody handles
-    without a traceback."""
+    without a traceback. Signals that come later are ignored: the command ends anyway."""
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):             # an ASCII terminal, and names that are no UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:                # nohup ignores SIGHUP
-                signal.signal(number, lambda number, frame: sys.exit(128 + number))
-        main()
-    except KeyboardInterrupt:
-        code = 130
+        try:
+            handle_signals(lambda number, frame: sys.exit(128 + number))
+            main()
+        finally:
+            handle_signals(lambda number, frame: None)
     except SystemExit as e:
         code = e.code
     except UserError as e:

@@ -11,6 +11,11 @@ Listing in such a file, and an entry of SETS.
     python data.py --data esc50 --data-dir ESC-50/ --check            # the same for sets of sound alone
     python data.py --data folder --data-dir clips/ --stats            # for --mel-mean and --mel-std
 """
+import signal
+
+# Ctrl-C while the rest is imported ends the command at once, without a traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import os
 from collections.abc import Callable

@@ -11,6 +11,11 @@ the squared error beside that of the mean image and of a copy of the nearest vis
 apart a hidden patch is decoded from predictions alone: else the decoder fills it in by itself. RUN is of a
 method that predicts hidden patches.
 """
+import signal
+
+# Ctrl-C while the rest is imported ends the command at once, without a traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import collections
 import functools

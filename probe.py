@@ -21,6 +21,11 @@ Each result is a row in RUN/probe.jsonl: one for each head and each modality tha
 --patch-level also patch (N, views, tokens, D) float16, and where there are labels also labels, (N,) indices
 or (N, C) zeros and ones, and classes (C,).
 """
+import signal
+
+# Ctrl-C while the rest is imported ends the command at once, without a traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import copy
 import functools

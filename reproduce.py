@@ -10,13 +10,17 @@ finished is skipped, a run that was stopped goes on from its checkpoint, and one
 the others go on. Flags that this script does not know are handed to each run (--steps 100 --batch-size 16);
 what a row says itself stays.
 """
+import signal
+
+# Ctrl-C while the rest is imported ends the command at once, without a traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import functools
 import json
 import math
 import re
 import shlex
-import signal
 import stat
 import statistics
 import subprocess

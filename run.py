@@ -178,13 +178,7 @@ class StopSignal:
     def __init__(self):
         self.came = False
         self.waiting = False
-        self.before = {}
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:             # nohup ignores it
-            numbers.append(signal.SIGHUP)
-        with contextlib.suppress(ValueError):         # not in the main thread: who runs us there handles them
-            for number in numbers:
-                self.before[number] = signal.signal(number, self.catch)
+        self.before = common.handle_signals(self.catch)
 
     def catch(self, number, frame):
         self.came = True
@@ -262,6 +256,10 @@ def lock_folder(folder):
     """The file whose lock keeps other runs out of a folder while it is open, in this process alone: a fork
     does not hold it, and the kernel gives it back when we are killed. Removes what killed runs left half
     written. UserError where another run is at work there."""
+    for name in (".lock", *FILES):
+        if os.path.exists(folder / name) and not os.path.isfile(folder / name):
+            raise UserError(f"{folder / name}: lies where a run writes a file, and is none; take it away, or "
+                            "give another --out")
     try:
         file = open(folder / ".lock", "a")
     except OSError as e:
@@ -275,7 +273,8 @@ def lock_folder(folder):
         return file                                    # a file system without locks
     for name in FILES:
         for left in folder.glob(f".{glob.escape(name)}.*.part"):
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):         # gone meanwhile, or a folder
+                left.unlink()
     return file
 
 
@@ -299,10 +298,10 @@ def read_log(out):
 
 
 def is_row(row):
-    """Whether it is a row of a log: numbers, and a step."""
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    """Whether it is a row of a log: names that can be shown, of numbers that can be drawn, and a step."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not "".join(row).isprintable():
         return False
-    return all(type(value) in (int, float) for value in row.values())
+    return all(type(value) in (int, float) and abs(value) < 1e30 for value in row.values())
 
 
 def append_row(path, row):
@@ -317,7 +316,7 @@ def append_row(path, row):
 
 def add_row(ckpt, name, row):
     """Append a JSON row to the file `name` beside a checkpoint."""
-    folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
+    folder = Path(ckpt) if os.path.isdir(ckpt) else Path(ckpt).parent
     try:
         append_row(folder / name, row)
     except OSError as e:
@@ -326,21 +325,33 @@ def add_row(ckpt, name, row):
 
 
 def load_optimizer(optimizer, state, path):
-    """load_state_dict, with a sentence where the parameter groups are others."""
+    """The moments of a checkpoint for an AdamW, of all its parameters or of none; its settings stay. A
+    sentence where they are none, or of other parameter groups."""
     try:
-        optimizer.load_state_dict(state)
+        own = optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in state["param_groups"]] != [group["params"] for group in own]:
+            raise ValueError("groups")
+        optimizer.load_state_dict({"state": state["state"], "param_groups": own})
+        for moments in optimizer.state.values():
+            sound = moments.keys() == {"step", "exp_avg", "exp_avg_sq"} and moments["step"].item() >= 0
+            if not sound or not all(x.isfinite().all() for x in moments.values()):
+                raise ValueError("moments")
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if optimizer.state and set(map(id, optimizer.state)) != set(map(id, trained)):
+            raise ValueError("parameters")
     except Exception:                                  # a dict can be wrong in many ways
-        raise UserError(f"{path}: its optimiser state is of another version of the code; give another --out, "
-                        "or --fresh") from None
+        raise UserError(f"{path}: its optimiser state is damaged, or of another version of the code; give "
+                        "another --out, or --fresh") from None
 
 
-def check_moments(optimizer, path):
-    """UserError where the optimiser's state has other shapes than its parameters."""
-    for p, state in optimizer.state.items():
-        for x in state.values():
-            if torch.is_tensor(x) and x.ndim and x.shape != p.shape:
-                raise UserError(f"{path}: its optimiser state has another shape than its weights; give "
-                                "another --out, or --fresh")
+def check_moments(optimizer, step, path):
+    """UserError where the optimiser's state has other shapes than its parameters, or after steps is none."""
+    shapes = []
+    for p, moments in optimizer.state.items():
+        shapes += [moments["exp_avg"].shape == p.shape, moments["exp_avg_sq"].shape == p.shape]
+    if not all(shapes) or step and not shapes:
+        raise UserError(f"{path}: its optimiser state has another shape than its weights; give another "
+                        "--out, or --fresh")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -369,7 +380,7 @@ def alarms(rows, warmup=0):
 def term_alarms(rows, name):
     """Of a term and of a predictor that knows nothing. The authors' release of MJEPA is said to degrade
     late in training, with rising terms within and falling terms across (their issue tracker, #4)."""
-    heard = [row for row in rows if row.get(f"know_nothing/{name}")]
+    heard = [row for row in rows if row.get(f"know_nothing/{name}") and f"loss/{name}" in row]
     if not heard:
         message = f"no clip so far has what {name} needs, it learns nothing; try other --terms, --modalities"
         return {f"{name} has none": message} if len(rows) >= 5 else {}
@@ -521,17 +532,20 @@ class Run:
             return make_model(*settings).to(self.device)
         except ValueError as e:                        # lengths and patches that do not fit each other
             raise UserError(str(e)) from None
+        except (MemoryError, RuntimeError) as e:
+            raise UserError(f"the model is too large for this machine {common.reason(e)}; make it or its "
+                            "inputs smaller") from None
 
     def resume(self, model, optimizer):
         """Make the folder, and go on from the checkpoint that a stopped run left there. A run with other
         recipe values than the ones asked for is refused, not written over. Under torchrun all processes
         must see the same folder."""
-        found = self.find()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--out {self.out}: cannot be made ({e.strerror})") from None
         self.process.from_main(self.lock)
+        found = self.find()
         self.start = found["step"] if found else 0
         self.done = self.start                         # steps ...
         here = [self.out.resolve(), (self.out / "latest.pt").resolve()]
@@ -544,9 +558,10 @@ class Run:
                                   self.total, self.rank, self.world, self.args.accumulate)
         self.found = None                   # what is small of it; the weights would be gigabytes on each rank
         if found:
-            common.load_weights(model, found["model"], self.out)
-            load_optimizer(optimizer, found["optimizer"], self.out)
-            check_moments(optimizer, self.out)
+            file = self.out / "latest.pt" if self.args.resume == "auto" else self.args.resume
+            common.load_weights(model, found["model"], file)
+            load_optimizer(optimizer, found["optimizer"], file)
+            check_moments(optimizer, self.start, file)
             self.found = {key: found[key] for key in ("inputs", "args")}
             self.say_world(model, found.get("world", self.world))
 
@@ -556,7 +571,7 @@ class Run:
         if args.fresh and args.resume != "auto":
             raise UserError("--fresh and --resume FILE exclude each other; give one of them")
         file = self.out / "latest.pt" if args.resume == "auto" else Path(args.resume)
-        if args.fresh or args.resume == "auto" and not file.exists():
+        if args.fresh or args.resume == "auto" and not os.path.exists(file):
             return None
         found = common.load_checkpoint(file, self.method["name"])
         before = found["recipe"]
@@ -581,7 +596,8 @@ class Run:
         """data.Inputs with the mean and std of each mel bin: those of the run that goes on, or of clips of
         the set."""
         if self.found:
-            return data.Inputs(**self.found["inputs"])
+            before = self.found["inputs"]
+            return replace(inputs, mel_mean=before["mel_mean"], mel_std=before["mel_std"])
         if not inputs.n_mels:
             return inputs
         clips = self.recipe["stats_clips"]
@@ -599,6 +615,9 @@ class Run:
         self.unwrapped = model
         self.optimizer = optimizer
         self.inputs = inputs
+        if self.found and self.found["inputs"] != asdict(inputs):
+            raise UserError(f"{self.out}: the run there has other inputs than its recipe makes here, as of "
+                            "another version of the code; give another --out, or --fresh")
         self.weigh = weigh
         clips = data.Clips(self.listing, inputs, plan, args.seed)
         pin = self.device.type == "cuda"
@@ -703,8 +722,8 @@ class Run:
         if worst == 0:
             return False
         self.keep()
-        self.stop.release()
         if worst == 2 or self.error:
+            self.stop.release()
             error = self.error or "another process of this run has met an error, and says which"
             raise UserError(f"{error}; {self.kept()}{self.advice()}")
         self.stopped = True
@@ -892,10 +911,13 @@ class Run:
     def finish(self, report):
         """The curves, and for a set that we make ourselves the table: report(folder, data folder, process,
         workers, set)."""
-        self.stop.release()
+        self.batches.close()                           # ends the data workers
         self.pool.shutdown()
-        self.batches = None                            # ends the data workers
+        self.stop.release()
         if self.stopped or not self.process.main:
+            return
+        if self.stop:
+            self.say(f"stopped before the curves and the table: {self.kept()}{self.advice()}")
             return
         title = f"{self.method['title']}, {self.args.data}, seed {self.args.seed}, {self.total} steps"
         rows = {"": read_log(self.out)}
@@ -985,6 +1007,9 @@ def read_recipe(args, name, table, flags=()):
     shared flags; sets args.out where it was left open. name: of the method."""
     column = COLUMNS.index(recipe_column(args))
     recipe = {key: row[column] for key, row in table.items()}
+    for flag, value in vars(args).items():
+        if value == "":
+            raise UserError(f"--{flag.replace('_', '-')} '': is empty; give a value, or leave the flag out")
     if args.steps is not None or args.epochs is not None:
         recipe["steps"] = args.steps
         recipe["epochs"] = args.epochs

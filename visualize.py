@@ -11,6 +11,11 @@ Any checkpoint of ours will do, as far as it takes what is to be drawn. Files go
 into --out; numbers into a row of visualize.jsonl there. Attention, PCA and map are those of AV-JEPA's page
 (its last three sections).
 """
+import signal
+
+# Ctrl-C while the rest is imported ends the command at once, without a traceback
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import contextlib
 import csv

@@ -3,6 +3,7 @@ import atexit
 import contextlib
 import math
 import multiprocessing
+import resource
 import signal
 import threading
 from multiprocessing import connection
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 from tqdm import tqdm
 
-from common import UserError, end_workers
+from common import UserError, end_workers, signals_held
 from datasets.views import TRIES, Clips, collate
 
 LOOK = "look at the files with python data.py --check"          # what each sentence about bad clips ends with
@@ -74,9 +75,9 @@ def share(items):
 
 
 def tell(line):
-    """A line on the screen, beside the progress bars. A terminal that was closed, or a full disk under a
-    file in its place, hinders nothing."""
-    with contextlib.suppress(OSError):
+    """A line on the screen, beside the progress bars. A terminal that was closed or lacks the letters, or a
+    full disk under a file in its place, hinders nothing."""
+    with contextlib.suppress(OSError, UnicodeError):
         tqdm.write(line)
 
 
@@ -108,7 +109,9 @@ class Loader:
         try:
             if self.loader.num_workers:
                 multiprocessing.Event()                         # or torch's iterator fails half built
-            batches = iter(self.loader)
+                need_files(self.loader)
+            with signals_held():
+                batches = iter(self.loader)
         except OSError as e:
             raise UserError(f"the data workers cannot be started ({e.strerror}); lower --workers: 0 needs "
                             "none, nor shared memory, of which docker has more by --shm-size 8g") from None
@@ -140,10 +143,25 @@ class Loader:
                 finally:
                     came.set()
                 yield batch
-        except BaseException:
-            for worker in workers:                              # one that hangs would be waited for
-                worker.kill()
-            raise
+        finally:
+            with signals_held():
+                for worker in workers:                          # one that hangs would be waited for
+                    worker.kill()
+                del batches                                     # joins them
+
+
+def need_files(loader):
+    """Each tensor on its way from a worker is an open file, and where one fails to open the batch is lost
+    without a word: raise the limit of open files as far as allowed, or UserError."""
+    need = 128 + 8 * loader.num_workers * loader.prefetch_factor
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < need:                                        # -1: no limit
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+            soft = need
+    if 0 <= soft < need:
+        raise UserError(f"{loader.num_workers} data workers need {need:,} open files, ulimit -n allows "
+                        f"{soft:,}; raise it, or lower --workers")
 
 
 def watch(came, given_up, workers):

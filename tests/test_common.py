@@ -1,5 +1,6 @@
 """What common.py claims, each piece against a reference of its own: a slow loop, a quadrature, torch."""
 import ast
+import io
 import itertools
 import math
 import os
@@ -11,6 +12,7 @@ from functools import partial
 
 import common
 from common import ViT, sigreg
+from datasets.batches import tell
 
 import numpy as np
 import pytest
@@ -435,11 +437,15 @@ CHANGED = [                                                    # of a checkpoint
     (dict(model={"target_encoder.x": 3}), "its 'model' holds something else than weights"),
     (dict(method={**METHOD, "weights": 3}), "the 'weights' of its method is 3"),
     (dict(inputs=dict(colour=1)), "its inputs have a field 'colour'"),
-    (dict(inputs=dict(hop=None)), "the 'hop' of its inputs is None"),
-    (dict(inputs=dict(hop="160")), "the 'hop' of its inputs is '160'"),
-    (dict(inputs=dict(seconds=math.nan)), "the 'seconds' of its inputs is nan"),
-    (dict(inputs=dict(mel_mean=(1.0, "x"))), "the 'mel_mean' of its inputs is (1.0, 'x')"),
-    (dict(inputs=dict(window="square")), "the 'window' of its inputs is 'square'"),
+    (dict(step=30, steps=40, recipe=dict(steps=12)), "it is at step 30 of 40, while its recipe has 12"),
+    (dict(inputs=dict(log="sqrt")), "the 'log' of its inputs is 'sqrt'"),
+    *[(dict(inputs=change), "its inputs make no clip (") for change in (
+        dict(hop=None), dict(hop="160"), dict(hop=0), dict(hop=-5), dict(seconds=math.nan),
+        dict(seconds=-1.0), dict(size=0), dict(sample_rate="x"), dict(mel_mean=(1.0, "x")),
+        dict(mel_mean=math.nan), dict(mel_std=0.0), dict(mel_std=3 * (1.0,)), dict(window="square"),
+        dict(n_fft=-5))],
+    *[(dict(inputs=change), "its 'encoder' or 'projector' describes no network") for change in (
+        dict(frames=4), dict(frames="x"), dict(seconds=3.0))],
     (dict(encoder=dict(size="colossal")), "its 'encoder' or 'projector' describes no network"),
     (dict(encoder=dict(wheels=4)), "its 'encoder' or 'projector' describes no network"),
     (dict(encoder=dict(video=dict(shape="x"))), "its 'encoder' or 'projector' describes no network"),
@@ -471,7 +477,7 @@ def test_a_checkpoint_whose_inputs_lack_a_field_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")               # a tensor, indexed by a name
 def test_what_is_no_checkpoint_of_ours_is_refused_with_a_sentence(tmp_path):
     file = tmp_path / "latest.pt"
-    for missing in (tmp_path, file, tmp_path / "nowhere"):
+    for missing in (tmp_path, file, tmp_path / "nowhere", 300 * "x", "a\0"):
         fails(common.load_checkpoint, missing, match="no such checkpoint")
     write_checkpoint(tmp_path)
     whole = file.read_bytes()
@@ -495,6 +501,9 @@ def test_weights_of_another_size_or_name_are_refused_with_a_sentence():
     layer = nn.Linear(3, 2)
     fails(common.load_weights, layer, nn.Linear(3, 4).state_dict(), "runs/x", match="runs/x.*another shape")
     fails(common.load_weights, layer, {"weight": layer.weight}, "runs/x", match="runs/x.*other names")
+    for bad in (torch.tensor([0.0, math.nan]), torch.tensor([1, 2])):
+        other = {**layer.state_dict(), "bias": bad}
+        fails(common.load_weights, layer, other, "runs/x", match="runs/x: 'bias' in the file holds something")
 
 
 def test_load_encoder_gives_the_evaluated_encoder_and_the_projector_frozen(tmp_path):
@@ -592,9 +601,14 @@ def test_the_random_stream_is_a_function_of_seed_step_and_rank():
     (partial(signal.raise_signal, signal.SIGTERM), 143, "")])
 def test_a_command_ends_with_an_exit_code_at_most_one_line_and_its_group_gone_after_its_model(
         end, code, line, handlers, capsys, monkeypatch):
+    def destroy():
+        for number in common.SIGNALS:                          # they change nothing any more
+            signal.raise_signal(number)
+        models.append(models[0]())
+
     models = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: models.append(models[0]()))
+    monkeypatch.setattr(dist, "destroy_process_group", destroy)
 
     def main():
         model = nn.Linear(1, 1)
@@ -617,6 +631,35 @@ def test_a_hangup_that_is_ignored_as_under_nohup_stays_ignored(handlers):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     common.main_guard(partial(signal.raise_signal, signal.SIGHUP))
     assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+def test_a_signal_comes_after_the_block_that_holds_it(handlers):
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with common.signals_held():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+    assert done and signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
+
+
+def test_a_terminal_that_lacks_the_letters_shows_the_rest(handlers, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    tell("ü")                                                  # in a notebook
+    common.main_guard(lambda: tell("dög"))
+    sys.stdout.flush()
+    assert b"d\\xf6g" in shown.getvalue()
+
+
+SCRIPTS = sorted(file.name for file in ROOT.glob("*.py") if "main_guard(main)\n" in file.read_text()[-60:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_while_a_command_imports_ends_it_without_a_word(script, tmp_path):
+    (tmp_path / "numpy.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, ROOT / script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 FAULT = """

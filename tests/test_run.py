@@ -61,7 +61,7 @@ def numbers(clips, order, workers, pin, ahead, at=None, then=None):
             then()
         index = torch.tensor([i for _, i in keys])
         there = index >= 0
-        yield dict(index=index, has_audio=there, has_video=there, short=index == 3, bad=[], empty=0, lost=0)
+        yield dict(index=index, has_audio=there, has_video=there, short=index == 3, bad=[], empty=[], lost=0)
 
 
 def draw_masks(step, places):
@@ -87,7 +87,7 @@ def train(out, *words, interrupt=None, dropout=0.0):
     args, recipe = read(*where, *flags, *words)
     little = run.Run(METHOD, args, recipe)
     model = little.build(Little, dropout)
-    optimizer = torch.optim.SGD(model.parameters(), recipe["lr"])
+    optimizer = torch.optim.AdamW(model.parameters(), recipe["lr"])
     little.resume(model, optimizer)
     little.begin(model, optimizer, data.Inputs(), None, functools.partial(draw_masks, places=little.places))
     for step in little.steps():
@@ -254,6 +254,15 @@ def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint_and_a_fresh_one
     assert [row["step"] for row in run.read_log(tmp_path / "run")] == [0]
 
 
+def test_a_signal_in_the_last_step_leaves_curves_and_table_to_the_next_call(tmp_path, capsys):
+    train(tmp_path, interrupt=4)
+    said = capsys.readouterr().out
+    assert "stopped before the curves" in said and "holds step 4 of 4, and the same command goes on" in said
+    assert not (tmp_path / "run" / "curves.png").exists()
+    train(tmp_path)
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_wait_for_clips_at_once_and_the_run_goes_on_bit_for_bit(
         tmp_path, monkeypatch, capsys, number):
@@ -358,7 +367,7 @@ def test_a_loss_that_is_not_finite_names_the_clip_to_blame_and_what_is_kept(tmp_
 
 
 def test_weights_that_are_not_finite_are_not_saved_over_those_that_are(tmp_path, monkeypatch):
-    step = torch.optim.SGD.step
+    step = torch.optim.AdamW.step
 
     def break_third(self):
         step(self)
@@ -367,7 +376,7 @@ def test_weights_that_are_not_finite_are_not_saved_over_those_that_are(tmp_path,
             self.param_groups[0]["params"][-1].data.fill_(math.inf)
 
     steps = []
-    monkeypatch.setattr(torch.optim.SGD, "step", break_third)
+    monkeypatch.setattr(torch.optim.AdamW, "step", break_third)
     message = fails(train, tmp_path, "--save-every", 1)
     assert "the weights are not finite after step 3" in message and "holds step 2 of 4" in message
     assert weights(tmp_path / "run")["step"] == 2
@@ -391,11 +400,50 @@ def test_a_checkpoint_whose_optimiser_does_not_fit_is_refused(tmp_path):
     train(tmp_path, "--steps", 1)
     content = weights(tmp_path / "run")
     state = content["optimizer"]
-    moments = {0: {"momentum_buffer": torch.zeros(3)}}
-    wrong = [{}, {"state": {}, "param_groups": 1}, {**state, "param_groups": []}, {**state, "state": moments}]
+    wrong = [{}, {"state": {}, "param_groups": 1}, {**state, "param_groups": []}]
+    slope, moments = state["state"].popitem()
+    for change in (dict(momentum_buffer=torch.zeros(2)), dict(exp_avg=torch.zeros(3)), dict(exp_avg=None),
+                   dict(exp_avg_sq=torch.full((2,), math.nan)), dict(step=-torch.ones(())), dict(step="x")):
+        wrong.append({**state, "state": {slope: {**moments, **change}}})
+    for other in ({}, {slope: {}}, {99: moments}, {slope: moments, 99: moments}, {slope - 1: moments}):
+        wrong.append({**state, "state": other})
     for other in wrong:
         torch.save({**content, "optimizer": other}, tmp_path / "run" / "latest.pt")
         fails(train, tmp_path, "--steps", 1, match="its optimiser state")
+
+
+def test_weights_of_a_file_that_are_not_finite_are_refused_by_its_name(tmp_path):
+    train(tmp_path, interrupt=2)
+    content = weights(tmp_path / "run")
+    content["model"]["slope"][0] = math.nan
+    torch.save(content, tmp_path / "bad.pt")
+    message = fails(train, tmp_path, "--resume", tmp_path / "bad.pt")
+    assert f"{tmp_path}/bad.pt: 'slope' in the file" in message and "give another checkpoint" in message
+
+
+def test_the_optimisers_settings_are_those_of_the_recipe_not_of_the_file(tmp_path):
+    train(tmp_path, interrupt=2)
+    content = weights(tmp_path / "run")
+    content["optimizer"]["param_groups"][0]["lr"] = 7.0
+    torch.save(content, tmp_path / "run" / "latest.pt")
+    train(tmp_path)
+    assert weights(tmp_path / "run")["optimizer"]["param_groups"][0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("name", [".lock", *run.FILES])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_lies_where_a_run_writes_a_file_and_is_none_is_named(tmp_path, name, make):
+    folder = tmp_path / "run"
+    (folder / ".latest.pt.x.part").mkdir(parents=True)         # nobody's
+    make(folder / name)
+    fails(train, tmp_path, match=f"{folder / name}: lies where a run writes a file")
+    (os.rmdir if make is os.mkdir else os.unlink)(folder / name)
+    train(tmp_path, "--steps", 1)
+
+
+def test_a_model_that_is_too_large_is_a_sentence():
+    little = types.SimpleNamespace(args=types.SimpleNamespace(seed=0), device="cpu")
+    fails(run.Run.build, little, torch.empty, 10 ** 15, match="too large for this machine")
 
 
 def test_a_run_of_another_recipe_is_refused_by_all_that_differs(tmp_path):
@@ -503,6 +551,13 @@ def test_steps_without_any_sound_are_no_alarm_and_a_term_that_no_clip_could_trai
     assert "--terms" in run.alarms(never[:5])["v has none"]
 
 
+def test_a_row_without_a_terms_loss_says_nothing_of_it():
+    rows = log_of()
+    for row in rows[10:20] + rows[-1:]:
+        del row["loss/a"]
+    assert not run.alarms(rows)
+
+
 def test_nothing_is_named_in_the_first_rows():
     wild = [1.0, 0.3, 2.0, 0.5, 4.0]
     rows = [{"step": i, "loss/a": x, "know_nothing/a": 0.8, "rank/a": 5 * x} for i, x in enumerate(wild)]
@@ -562,7 +617,9 @@ def test_a_folder_takes_one_run_at_a_time_and_is_free_when_that_is_killed(tmp_pa
 
 
 BROKEN = [b'{"step": 1, "lo', b"7", b"[]", b"null", b'{"loss": 1.0}', b'{"step": "1"}', b'{"step": 1.5}',
-          b'{"step": 1, "loss": null}', b'{"step": 1, "loss": "x"}', b"\xff\xfe", b"", b"[" * 100_000]
+          b'{"step": 1, "loss": null}', b'{"step": 1, "loss": NaN}', b'{"step": 1, "loss": 1e31}',
+          b'{"step": 1, "a\\nb": 1.0}', b'{"step": 1, "\\ud800": 1.0}',
+          b'{"step": 1, "loss": "x"}', b"\xff\xfe", b"", b"[" * 100_000]
 
 
 @pytest.mark.parametrize("line", BROKEN, ids=lambda line: repr(line[:20]))
@@ -688,6 +745,38 @@ def test_workers_that_cannot_be_started_are_a_sentence(monkeypatch):
     assert "(No space left on device); lower --workers" in fails(iter, batches.Loader(Ends(None), 1))
 
 
+def test_a_signal_while_the_workers_are_started_comes_when_they_are(handlers, monkeypatch):
+    def begin(process):
+        start(process)
+        started.append(process)
+        signal.raise_signal(signal.SIGINT)
+
+    started = []
+    start = multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", begin)
+    with pytest.raises(KeyboardInterrupt):
+        iter(batches.Loader(Ends(None), 2, batch_sampler=[[0]], collate_fn=batches.share))
+    assert len(started) == 2
+
+
+def test_the_limit_of_open_files_is_raised_if_allowed_or_a_sentence_comes_before_the_workers(monkeypatch):
+    loader = batches.Loader(Ends(None), 2, batch_sampler=[[0]], collate_fn=batches.share)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, before[1]))
+        batches.need_files(loader.loader)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 128 + 8 * 2 * 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (24, 24))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    fails(iter, loader, match="2 data workers need 160 open files, ulimit -n allows 24")
+
+
+def refuse(what, limits):
+    raise ValueError("not allowed to raise maximum limit")
+
+
 def test_a_fault_of_ours_in_a_worker_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError, match="in __getitem__"):
         list(batches.Loader(Ends(lambda: 1 / 0), 1, batch_sampler=[[5]], collate_fn=batches.share))
@@ -773,6 +862,6 @@ def test_a_run_takes_the_column_of_its_recipe_with_the_flags_in_place_of_its_val
     ("--lr", -1), ("--lr", "nan"), ("--batch-size", 1), ("--steps", -1), ("--steps", 0), ("--epochs", 0),
     ("--epochs", "nan"), ("--seconds", 0), ("--seconds", "nan"), ("--accumulate", 0), ("--log-every", 0),
     ("--save-every", 0), ("--max-bad", 2), ("--max-bad", "nan"), ("--seed", -1), ("--workers", -1),
-    ("--size", "colossal")])
+    ("--size", "colossal"), ("--out", ""), ("--data-dir", "")])
 def test_a_flag_out_of_range_is_refused_by_name(flag, value):
     assert flag in fails(read, flag, value)

@@ -524,10 +524,10 @@ curves LONG | has no log.jsonl with a row in it""".strip().splitlines()
 
 
 def break_weights(run_folder, folder, which):
-    """A copy of a checkpoint with a weight that is no number. Returns its folder."""
+    """A copy of a checkpoint with weights too large to compute with. Returns its folder."""
     content = common.load_checkpoint(run_folder)
     name = next(name for name in content["model"] if name.startswith(which) and name.endswith("weight"))
-    content["model"][name].view(-1)[0] = math.nan
+    content["model"][name][:] = 3e38
     (folder / "broken").mkdir()
     torch.save(content, folder / "broken" / "latest.pt")
     return folder / "broken"

@@ -198,11 +198,17 @@ def regression(x, y, classes, C):
         head.linear.bias[said] = 0.0
     if len(said) == 1:
         return head
+    z = head.norm(x)
+    basis = None
+    if 4 * len(x) < x.shape[1]:     # the solution lies in the span of the clips: the same in fewer dimensions
+        u, s, basis = torch.linalg.svd(z, full_matrices=False)
+        z = u * s                                                       # (N, N)
     model = LogisticRegression(C=C / x.shape[1], max_iter=1000, tol=1e-4)      # at 1e-3 the toy is off by 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(head.norm(x).numpy(), y.numpy())
+        model.fit(z.numpy(), y.numpy())
     weight = torch.from_numpy(model.coef_).float()                      # (C, D); of two classes (1, D)
+    weight = weight if basis is None else weight @ basis
     bias = torch.from_numpy(model.intercept_).float()
     if len(weight) == 1:
         weight = torch.cat([-weight / 2, weight / 2])

@@ -166,15 +166,16 @@ def test_the_rate_warms_up_from_a_share_of_the_peak_and_ends_where_it_says():
 # ---- regression ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_the_regression_has_the_scores_of_scikit_learn_s_on_standardised_features(classes):
-    x = 3 * random(120, 9) + 2
-    y = torch.arange(120) % classes
+@pytest.mark.parametrize("clips, dim", [(120, 9), (24, 120)])           # also of far fewer clips than numbers
+def test_the_regression_has_the_scores_of_scikit_learn_s_on_standardised_features(classes, clips, dim):
+    x = 3 * random(clips, dim) + 2
+    y = torch.arange(clips) % classes
     x[:, :classes] += one_hot(y, classes)
     head = heads.regression(x, y, classes, 10.0)
     scaler = StandardScaler().fit(x.numpy())
-    model = LogisticRegression(C=10.0 / 9, max_iter=1000, tol=1e-8)
+    model = LogisticRegression(C=10.0 / dim, max_iter=1000, tol=1e-8)
     model.fit(scaler.transform(x.numpy()), y.numpy())
-    new = 3 * random(30, 9, seed=1) + 2
+    new = 3 * random(30, dim, seed=1) + 2
     got = head(None, new).softmax(-1).detach().numpy()
     np.testing.assert_allclose(got, model.predict_proba(scaler.transform(new.numpy())), atol=5e-3)
 

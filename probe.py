@@ -531,7 +531,9 @@ def spread(values):
 
 def join_folds(results):
     """The results of all folds as one: the mean, and what stands for each fold."""
-    each = {key: [result[key] for result in results] for key in results[0]}
+    each = {}
+    for key in results[0]:
+        each[key] = [result[key] for result in results]
     return {
         **results[0],
         **{key: each[key] for key in ("lr", "C", "held_out") if key in each},

@@ -336,8 +336,10 @@ def load_optimizer(optimizer, state, path):
             sound = moments.keys() == {"step", "exp_avg", "exp_avg_sq"} and moments["step"].item() >= 0
             if not sound or not all(x.isfinite().all() for x in moments.values()):
                 raise ValueError("moments")
-        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        if optimizer.state and set(map(id, optimizer.state)) != set(map(id, trained)):
+        trained = set()
+        for group in optimizer.param_groups:
+            trained.update(id(p) for p in group["params"] if p.requires_grad)
+        if optimizer.state and set(map(id, optimizer.state)) != trained:
             raise ValueError("parameters")
     except Exception:                                  # a dict can be wrong in many ways
         raise UserError(f"{path}: its optimiser state is damaged, or of another version of the code; give "

@@ -564,6 +564,17 @@ def worker_of(pid, log, seconds=30):
     raise TimeoutError(log)
 
 
+def end_of(pid, seconds=30):
+    """The exit code of a process, which is killed where it takes longer."""
+    until = time.time() + seconds
+    while time.time() < until:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    raise TimeoutError(pid)
+
+
 WORKER = {                                             # what happens to it, to the run, its code and sentence
     "stopped": (signal.SIGSTOP, signal.SIGTERM, 0, "the same command goes on from there"),
     "hung up": (signal.SIGSTOP, signal.SIGHUP, 0, "the same command goes on from there"),
@@ -584,11 +595,11 @@ def test_a_command_whose_data_worker_stops_or_dies_ends_in_a_sentence_with_the_l
         began = time.time()
         if to_run:
             os.kill(pid, to_run)
-        status = os.waitpid(pid, 0)[1]
+        ended = end_of(pid)
     except BaseException:
         os.kill(pid, signal.SIGKILL)
         raise
-    assert os.waitstatus_to_exitcode(status) == code and time.time() - began < 15
+    assert ended == code and time.time() - began < 15
     said.seek(0)
     text = said.read().decode()
     step = run.read_log(tmp_path / "run")[-1]["step"] + 1

@@ -143,7 +143,7 @@ def test_the_held_out_clips_are_the_official_ones_or_a_tenth(tones):
 
 def listing_of(*labels, **more):
     """A set of clips of the classes a to h, each named by its letters."""
-    rows = [["abcdefgh".index(letter) for letter in word] for word in labels]
+    rows = [list(map("abcdefgh".index, word)) for word in labels]
     return data.make_listing("made-up", "", ["x.wav"] * len(rows), rows, "abcdefgh", **more)
 
 

@@ -428,8 +428,9 @@ def test_all_views_of_a_file_that_was_cut_lie_in_what_is_left(tmp_path, name):
 
 def test_a_window_in_a_hole_is_not_heard(tmp_path):
     path = tmp_path / "hole.ts"
-    parts = [[track._replace(begin=begin, end=begin + 3.0) for track in (H264, AAC)] for begin in (0.0, 9.0)]
-    join(*parts, path, offset=9)
+    before = [H264._replace(end=3.0), AAC._replace(end=3.0)]
+    after = [H264._replace(begin=9.0), AAC._replace(begin=9.0)]
+    join(before, after, path, offset=9)
     for windows in ([(1.0, 1.0), (5.0, 1.0), (10.0, 1.0)], [(5.0, 1.0), (10.0, 1.0)]):
         found = read(path, windows)
         assert found["heard"] == [window[0] != 5.0 for window in windows] and not found["has_audio"]

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits             # comes with scikit-learn
 
 import common
 
@@ -204,7 +205,7 @@ def regression(x, y, classes, C):
         u, s, basis = torch.linalg.svd(z, full_matrices=False)
         z = u * s                                                       # (N, N)
     model = LogisticRegression(C=C / x.shape[1], max_iter=1000, tol=1e-4)      # at 1e-3 the toy is off by 2
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):               # two that wait for each other crawl
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(z.numpy(), y.numpy())
     weight = torch.from_numpy(model.coef_).float()                      # (C, D); of two classes (1, D)

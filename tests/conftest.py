@@ -277,11 +277,13 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def hears_hang_ups():
-    """Also where the tests were started under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def hears_signals():
+    """Also where the tests were started under nohup, or in the background."""
+    own = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -52,7 +52,6 @@ from features import MODALITIES, Decoded, RawInput, choose_views, extract, gigab
 from features import save_features, write_file
 
 
-
 # ----------------------------------------------------------------------------------------------------------
 # The protocol: how heads are trained and tested
 # ----------------------------------------------------------------------------------------------------------

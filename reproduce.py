@@ -409,11 +409,8 @@ def look_up(results, path):
 
 
 def spread(values):
-    """(mean, standard deviation of the sample, None for a single value)."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    """(mean, probe.spread)"""
+    return sum(values) / len(values), probe.spread(values)
 
 
 def tabulate(experiment, runs):

@@ -51,8 +51,12 @@ def errors_as_sentence(path):
     except av.error.ExitError:
         raise too_slow(path) from None
     except (av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError) as e:
-        reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
-        raise ClipError(f"{path}: does not decode ({reason})") from None
+        raise ClipError(f"{path}: does not decode ({reason_of(e)})") from None
+
+
+def reason_of(error):
+    """What went wrong, in a few words."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def too_slow(path):

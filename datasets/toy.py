@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common import UserError, end_workers
 from datasets.batches import Loader
 from datasets.listing import list_found
+from datasets.reader import reason_of
 
 TOY = dict(train=1536, test=256, seconds=4.0, fps=10, side=64, sample_rate=16000, seed=0, version=1)
 TOY_CLASSES = ("red odd", "orange saw", "green octaves", "teal bell",
@@ -289,10 +290,6 @@ def put_in_place(part, folder):
     except OSError:
         if not is_made(folder):
             raise
-
-
-def reason_of(error):
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def cannot_write(folder, reason):

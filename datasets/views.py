@@ -85,7 +85,7 @@ class Clips(Dataset):
             for _ in range(TRIES):
                 try:
                     item = self.item(index, rng)
-                    lacks = lacking(item["present"], item["decoded"])
+                    lacks = unfilled(item["present"], item["decoded"])
                     if not lacks or not self.replace:
                         return {**item, "bad": bad, "empty": empty}
                     empty.append(f"{self.listing.path(index)}: has no {lacks} for one of its views")
@@ -150,7 +150,7 @@ def read_windows(path, inputs, plan):
                 return video, audio, read
 
 
-def lacking(present, decoded):
+def unfilled(present, decoded):
     """What the first view has nothing of in which nothing decoded: pictures, sound, or both; present and
     decoded (V, 2). None where each view has something."""
     for wants, has in zip(present.tolist(), decoded.tolist()):

@@ -460,6 +460,7 @@ def finished(toy, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.Run, "save", keep)
+        patch.setattr(probe, "DRAWS", 1)               # of the few labels, to be quick
         for method in METHODS:
             folders[method.name] = tmp_path_factory.mktemp(method.name)
             method.script.main(flags_of(toy, folders[method.name]))

@@ -374,6 +374,8 @@ class AJEPA(nn.Module):
         nothing = weight * prediction_loss(self.mean.mean.expand_as(y), y, self.loss)
         kept = loss.new_tensor(weight * context.shape[1] / z.shape[1])
         shown = {"loss/a": loss.detach(), "know_nothing/a": nothing, "kept/a": kept, "embedding/a": z.mean(1)}
+        # the online probe's: of what is visible, so lower than the probe at the end
+        shown["clip/audio"] = h.detach().float().mean(1)                        # (B, D)
         return loss, shown
 
 

@@ -20,6 +20,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import functools
+import math
 
 import common
 import data
@@ -84,6 +85,10 @@ RECIPE = {
     "n_mels":       (128,         64,             "code: 16 kHz, n_fft 400, Hamming 400, dB"),
     "hop":          (160,         320,            "code: samples from one mel frame to the next"),
     "mel_patch":    ((16, 16),    (16, 16),       "code: 128 x 801 -> 8 x 50 = 400 audio tokens (page)"),
+    # differs (toy): LeVJEPA's (arXiv 2608.27395), a random few of each view's video tokens
+    "keep":         (1.0,         0.25,           "share of the video tokens that training runs: all"),
+    # differs (toy): LeAVJEPA's
+    "absent":       ("zero",      "drop",         "page: absent modality at zero, all tokens run"),
     "dropout":      (0.1,         0.0,            "code: embeddings, attention, outputs (Block)"),
     "eps":          (1e-5,        1e-6,           "code: LayerNorms of the blocks"),
     "projector":    ((2048, 2048, 128), (512, 512, 16), "code: BatchNorm and GELU between the layers"),
@@ -108,8 +113,11 @@ def get_args(argv=None):
     parser, add = make_parser(__doc__, METHOD["name"])
     add("--lam", type=float,
         help="weight of SIGReg, 0 to 1; the invariance has 1 - lam (default: the recipe's)")
-    add("--absent", choices=("zero", "drop"), default="zero",
-        help="absent modality: input at zero (paper), or no tokens (LeAVJEPA)")
+    add("--absent", choices=("zero", "drop"),
+        help="absent modality: input at zero (paper), or no tokens (LeAVJEPA) (default: the recipe's)")
+    add("--keep", type=float, metavar="SHARE",
+        help="of the video tokens of each view that training runs, drawn anew (LeVJEPA; default: the "
+        "recipe's)")
     add("--local", choices=("modality", "dropout", "joint", "none"), default="modality",
         help="local views: one audio-only and one video-only (paper), each loses one or none at random, "
         "both keep both, or no local views")
@@ -120,15 +128,16 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     data.require(args.data, ("video",), "ajepa.py trains on sound alone")
     data.require(args.data, ("audio",), "mjepa.py --terms separate-video trains on pictures alone")
-    recipe = read_recipe(args, METHOD["name"], RECIPE, ("lam", "frames"))
+    flags = ("lam", "frames", "absent", "keep", "accumulate")          # SIGReg sees the micro-batch
+    recipe = read_recipe(args, METHOD["name"], RECIPE, flags)
     if args.data == "vggsound" and recipe["epochs"] == RECIPE["epochs"][0] and args.epochs is None:
         recipe["epochs"] = 50
     mean, std = MEL_STATS.get(args.data, (data.Inputs.mel_mean, data.Inputs.mel_std))
     recipe["mel_mean"] = mean if args.mel_mean is None else args.mel_mean
     recipe["mel_std"] = std if args.mel_std is None else args.mel_std
-    recipe["absent"] = args.absent
     recipe["local"] = args.local
     common.check_range("--lam", recipe["lam"], 0, 1)
+    common.check_range("--keep", recipe["keep"], 0.001, 1)
     common.check_range("--frames", recipe["frames"], 1, 4096)
     common.check_range("--mel-mean", recipe["mel_mean"], -1e6, 1e6)
     common.check_range("--mel-std", recipe["mel_std"], 1e-6, 1e6)
@@ -179,7 +188,8 @@ def encoder_config(recipe, inputs, checkpoint=False):
 
 def make_model(recipe, inputs, checkpoint=False):
     config = encoder_config(recipe, inputs, checkpoint)
-    return AVJEPA(config, recipe["projector"], recipe["lam"], recipe["slices"])
+    return AVJEPA(config, recipe["projector"], recipe["lam"], recipe["slices"], recipe["local"],
+                  recipe["keep"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def make_model(recipe, inputs, checkpoint=False):
 
 class AVJEPA(nn.Module):
     """The encoder, the projector, and the loss of a batch."""
-    def __init__(self, config, widths, lam, slices):
+    def __init__(self, config, widths, lam, slices, local, keep):
         super().__init__()
         self.parts = dict(encoder=config, projector=widths)                # what load_encoder builds again
         self.encoder = ViT(**config)
@@ -196,6 +206,19 @@ class AVJEPA(nn.Module):
         self.projector = common.mlp(self.encoder.dim, widths)
         self.lam = lam
         self.slices = slices
+        self.local = local
+        self.keep = keep
+
+    def draw_tokens(self, video, audio, batch, device):
+        """The places (B, K) of the tokens that run, where views have video, audio or both: of the video's a
+        random share, other ones for each view, and all of the sound's."""
+        every = self.encoder.absent == "zero"
+        pictures = self.encoder.num("video") if video or every else 0
+        sounds = self.encoder.num("audio") if audio or every else 0
+        kept = math.ceil(self.keep * pictures)
+        drawn = torch.rand(batch, pictures, device=device).argsort(1)[:, :kept]         # (B, kept)
+        sound = torch.arange(pictures, pictures + sounds, device=device)
+        return torch.cat([drawn, sound.expand(batch, -1)], 1)
 
     def embed(self, video, audio, present):
         """CLS of each view. video (sum of the views that have it, 3, T, H, W), audio (the same, 1, F, T),
@@ -209,8 +232,9 @@ class AVJEPA(nn.Module):
             if len(group):
                 given_video = video[place[group, 0]] if v else None
                 given_audio = audio[place[group, 1]] if a else None
+                visible = self.draw_tokens(v, a, len(group), present.device) if self.keep < 1 else None
                 rows.append(group)
-                cls.append(self.encoder(given_video, given_audio)[:, 0])
+                cls.append(self.encoder(given_video, given_audio, visible)[:, 0])
         order = torch.cat(rows).argsort()
         return torch.cat(cls)[order].unflatten(0, present.shape[:2])
 
@@ -231,8 +255,15 @@ class AVJEPA(nn.Module):
         inv = invariance(z)
         reg = torch.stack([sigreg(z_v, tick, self.slices) for z_v in z]).mean()
         loss = weight * ((1 - self.lam) * inv + self.lam * reg)
-        return loss, {"loss/invariance": weight * inv.detach(), "loss/sigreg": weight * reg.detach(),
-                      "embedding/av": z[0].detach()}
+        shown = {"loss/invariance": weight * inv.detach(), "loss/sigreg": weight * reg.detach(),
+                 "embedding/av": z[0].detach()}
+        # the online probe's: of one random view, under dropout, so lower than the probe at the end
+        clip = h.detach().float()
+        shown["clip/av"] = clip[:, 0]                                           # (B, D)
+        if self.local == "modality":                   # what else a local view has differs from clip to clip
+            shown["clip/audio"] = clip[:, 2]
+            shown["clip/video"] = clip[:, 3]
+        return loss, shown
 
 
 # ----------------------------------------------------------------------------------------------------------

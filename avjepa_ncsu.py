@@ -327,7 +327,13 @@ class AVJEPA(nn.Module):
             shown[f"loss/{i}"] = losses[i].detach()
             shown[f"know_nothing/{i}"] = nothing
         for i, part in by_input(h[0], masks[0]).items():
-            shown[f"embedding/{i}"] = part.detach().float().mean(1)             # (B, D)
+            embedding = part.detach().float().mean(1)                           # (B, D)
+            shown[f"embedding/{i}"] = embedding
+            # the online probe's: of what is visible, so lower than the probe at the end, though these tokens
+            # have seen those of the other modality
+            shown[f"clip/{self.inputs[i][0]}"] = embedding
+        if len(self.inputs) == 2:
+            shown["clip/av"] = h[0].detach().float().mean(1)
         return sum(losses.values()), shown
 
 
@@ -343,13 +349,18 @@ def prediction_loss(prediction, target, weight):
 
 def learning_rate(step, recipe):
     """Linear warm-up from lr_start, then a cosine to lr_end, over the whole schedule."""
-    return common.warmup_cosine(step, recipe["schedule"], recipe["warmup"], recipe["lr"], recipe["lr_start"],
-                                recipe["lr_end"])
+    return common.warmup_cosine(step, schedule_steps(recipe), recipe["warmup"], recipe["lr"],
+                                recipe["lr_start"], recipe["lr_end"])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------
+
+def schedule_steps(recipe):
+    """The length of the schedules: at least that of the run."""
+    return max(recipe["schedule"] or 0, recipe["steps"])
+
 
 def main(argv=None):
     args, recipe = get_args(argv)
@@ -358,7 +369,7 @@ def main(argv=None):
     model = run.build(make_model, recipe, inputs, args.checkpoint_activations)
     groups = common.weight_decay_groups(model, recipe["weight_decay"][0])
     optimizer = torch.optim.AdamW(groups)
-    recipe["schedule"] = schedule = max(recipe["schedule"] or 0, run.total)
+    schedule = schedule_steps(recipe)
     run.resume(model, optimizer)
     inputs = run.normalise(inputs)
     plan = functools.partial(plan_views, seconds=recipe["seconds"], modalities=tuple(model.grids))

@@ -33,19 +33,19 @@ def mean_average_precision(scores, targets):
     """(mAP in 0..1, number of classes that counted): the mean, over the classes that have a positive, of the
     average precision. scores and targets (N, C). Clips with the same score share the precision at the end of
     their tie."""
-    scores = torch.as_tensor(scores).double()
-    targets = torch.as_tensor(targets).double()
+    scores = torch.as_tensor(scores).T                              # (C, N)
+    targets = torch.as_tensor(targets).T
     values = []
-    for s, y in zip(scores.T, targets.T):
-        if y.sum() > 0:
-            s, order = s.sort(descending=True)
-            last = torch.searchsorted(-s, -s, right=True)           # clips with this score or a better one
-            hits = y[order].cumsum(0)
-            precision = hits[last - 1] / last
-            values.append((precision * y[order]).sum() / y.sum())
-    if not values:
-        return 0.0, 0
-    return torch.stack(values).mean().item(), len(values)
+    for s, y in zip(scores.split(64), targets.split(64)):           # so many classes at once
+        y = y.double()
+        there = y.sum(1) > 0
+        s, order = s[there].double().sort(1, descending=True)
+        last = torch.searchsorted(-s, -s, right=True)               # clips with this score or a better one
+        y = y[there].gather(1, order)
+        precision = y.cumsum(1).gather(1, last - 1) / last
+        values.append((precision * y).sum(1) / y.sum(1))
+    values = torch.cat(values)
+    return (values.mean().item(), len(values)) if len(values) else (0.0, 0)
 
 
 def measure(scores, targets):
@@ -180,6 +180,66 @@ def learning_rate(step, steps, peak, warmup=0.0, start=0.0, end=0.0):
     """Linear from the share `start` of the peak to the peak in the share `warmup` of the steps, then a cosine
     to `end`."""
     return common.warmup_cosine(step, steps, round(warmup * steps), peak, start * peak, end)
+
+
+class OnlineProbe:
+    """A LinearHead for each of `names`, trained by AdamW on the clip embeddings of an encoder while that is
+    trained. Each batch is scored before it is trained on: in the first epoch, that is on new clips."""
+    def __init__(self, names, dim, classes, device="cpu"):
+        with torch.random.fork_rng(devices=[]):         # the caller's random stream stays as it was
+            heads = {name: LinearHead(dim, classes) for name in names}
+        self.heads = nn.ModuleDict(heads).to(device)
+        self.optimizer = torch.optim.AdamW(self.heads.parameters(), lr=1e-3)
+        self.scored = {name: [] for name in names}      # (scores, targets), a batch each, since the last row
+        self.measured_on = device if torch.device(device).type == "cuda" else "cpu"     # MPS has no float64
+
+    def step(self, embeddings, has, targets):
+        """embeddings {name: (B, D)}, without gradient; has {name: (B,) bool}: the clips that count; targets
+        (B,) or (B, C) as of loss_of. A head without such a clip stays as it is."""
+        losses = []
+        for name, x in embeddings.items():
+            if has[name].any():
+                y = targets[has[name]].to(x.device)
+                scores = self.heads[name](None, x[has[name]])
+                self.scored[name].append((scores.detach().cpu(), y.cpu()))
+                losses.append(loss_of(scores, y))
+        if losses:
+            self.optimizer.zero_grad()
+            sum(losses).backward()
+            self.optimizer.step()
+
+    def row(self):
+        """{"probe/NAME": `measure` in percent} over the clips since the last call, without those names that
+        had none."""
+        row = {}
+        for name, batches in self.scored.items():
+            if batches:
+                scores, targets = map(torch.cat, zip(*batches))
+                row[f"probe/{name}"] = measure(scores.to(self.measured_on), targets.to(self.measured_on))[1]
+                batches.clear()
+        return row
+
+    def state_dict(self):
+        scored = {}
+        for name, batches in self.scored.items():
+            if batches:
+                scored[name] = tuple(map(torch.cat, zip(*batches)))
+        moments = self.optimizer.state_dict()["state"]
+        return {"heads": self.heads.state_dict(), "moments": moments, "scored": scored}
+
+    def load_state_dict(self, state):
+        """Raises an exception of some kind where the state does not fit."""
+        self.heads.load_state_dict(state["heads"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
+        for p, moments in self.optimizer.state.items():
+            shapes = {key: x.shape for key, x in moments.items()}
+            finite = all(x.isfinite().all() for x in (p, *moments.values()))
+            if not finite or shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                raise ValueError("moments")
+        for name, (scores, targets) in state["scored"].items():
+            measure(scores.expand(-1, self.heads[name].linear.out_features), targets)       # raises, too
+            self.scored[name].append((scores, targets))
 
 
 STRENGTHS = (1.0, 10.0, 100.0, 1e3)                      # C of the regression that are tried

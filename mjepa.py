@@ -418,7 +418,11 @@ class MJEPA(nn.Module):
             nothing[term] = mean_loss([(self.pooled_means[target].mean, pooled[target])], weight["av"])
         shown = {f"loss/{term}": loss.detach() for term, loss in losses.items()}
         shown.update({f"know_nothing/{term}": loss for term, loss in nothing.items()})
-        shown.update({f"embedding/{name}": self.pool(h[name][0].detach().float()) for name in self.inputs})
+        for name, modalities in self.inputs.items():
+            embedding = self.pool(h[name][0].detach().float())                  # (B, D)
+            shown[f"embedding/{name}"] = embedding
+            # the online probe's: of what is visible, so lower than the probe at the end
+            shown[f"clip/{name if len(modalities) == 2 else modalities[0]}"] = embedding
         return sum(losses.values()), shown
 
 

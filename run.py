@@ -25,7 +25,6 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import glob
 import json
 import math
 import os
@@ -39,6 +38,7 @@ from pathlib import Path
 
 import common
 import data
+import heads
 from common import UserError, ViT, check_range
 from datasets.batches import tell
 
@@ -252,11 +252,27 @@ def write_tensors(content, file):
 FILES = ("latest.pt", "log.jsonl", "results.json", "curves.png")      # that a run writes
 
 
+def step_file(step):
+    """The name of a checkpoint that --keep-every leaves."""
+    return f"step-{step:06d}.pt"
+
+
+def step_files(folder):
+    """{step: what has the name of its checkpoint there}"""
+    found = {}
+    for file in Path(folder).glob("step-*.pt"):
+        digits = file.name[len("step-"):-len(".pt")]
+        if digits.isdecimal() and file.name == step_file(int(digits)):
+            found[int(digits)] = file
+    return found
+
+
 def lock_folder(folder):
     """The file whose lock keeps other runs out of a folder while it is open, in this process alone: a fork
     does not hold it, and the kernel gives it back when we are killed. Removes what killed runs left half
     written. UserError where another run is at work there."""
-    for name in (".lock", *FILES):
+    kept = [file.name for file in step_files(folder).values()]
+    for name in (".lock", *FILES, *kept):
         if os.path.exists(folder / name) and not os.path.isfile(folder / name):
             raise UserError(f"{folder / name}: lies where a run writes a file, and is none; take it away, or "
                             "give another --out")
@@ -271,8 +287,8 @@ def lock_folder(folder):
                         "--out") from None
     except OSError:
         return file                                    # a file system without locks
-    for name in FILES:
-        for left in folder.glob(f".{glob.escape(name)}.*.part"):
+    for name in (*FILES, "step-*.pt"):
+        for left in folder.glob(f".{name}.*.part"):
             with contextlib.suppress(OSError):         # gone meanwhile, or a folder
                 left.unlink()
     return file
@@ -344,6 +360,15 @@ def load_optimizer(optimizer, state, path):
     except Exception:                                  # a dict can be wrong in many ways
         raise UserError(f"{path}: its optimiser state is damaged, or of another version of the code; give "
                         "another --out, or --fresh") from None
+
+
+def load_probe(probe, state, path):
+    """What a checkpoint keeps of an OnlineProbe, or a sentence."""
+    try:
+        probe.load_state_dict(state)
+    except Exception:                                  # a dict can be wrong in many ways
+        raise UserError(f"{path}: the state of its online probe is damaged, or of other classes; give "
+                        "--no-online-probe, another --out, or --fresh") from None
 
 
 def check_moments(optimizer, step, path):
@@ -516,6 +541,9 @@ class Run:
             self.described += f", of which {clips:,} are trained on (--clips)"
             drawn = np.random.default_rng(0).permutation(len(self.listing))[:clips]
             self.listing = self.listing.subset(np.sort(drawn))
+        if args.online_probe and self.listing.labels is None:
+            raise UserError(f"--online-probe: the clips of {self.listing.root} have no labels; put them into "
+                            "sub-folders, one for each class, or leave the flag out")
         self.batch = recipe["batch_size"] // self.world                    # clips of this rank ...
         self.places = range(self.rank, recipe["batch_size"], self.world)   # ... and their places in a step
         per_epoch = len(self.listing) // recipe["batch_size"]
@@ -539,9 +567,9 @@ class Run:
                             "inputs smaller") from None
 
     def resume(self, model, optimizer):
-        """Make the folder, and go on from the checkpoint that a stopped run left there. A run with other
-        recipe values than the ones asked for is refused, not written over. Under torchrun all processes
-        must see the same folder."""
+        """Make the folder, and go on from the checkpoint that a stopped run left there, or make a
+        finished one longer. A run with other recipe values than the ones asked for is refused, not written
+        over. Under torchrun all processes must see the same folder."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -558,13 +586,16 @@ class Run:
                             "on a file system that all nodes share")
         self.order = data.Batches(len(self.listing), self.recipe["batch_size"], self.args.seed, self.start,
                                   self.total, self.rank, self.world, self.args.accumulate)
+        self.online = self.make_probe(model)
         self.found = None                   # what is small of it; the weights would be gigabytes on each rank
         if found:
             file = self.out / "latest.pt" if self.args.resume == "auto" else self.args.resume
             common.load_weights(model, found["model"], file)
             load_optimizer(optimizer, found["optimizer"], file)
             check_moments(optimizer, self.start, file)
-            self.found = {key: found[key] for key in ("inputs", "args")}
+            if self.online and "online_probe" in found:
+                load_probe(self.online, found["online_probe"], file)
+            self.found = {key: found[key] for key in ("inputs", "args", "recipe")}
             self.say_world(model, found.get("world", self.world))
 
     def find(self):
@@ -577,7 +608,11 @@ class Run:
             return None
         found = common.load_checkpoint(file, self.method["name"])
         before = found["recipe"]
-        other = [f"{k} {before.get(k)} (now {v})" for k, v in self.recipe.items() if before.get(k) != v]
+        free = {"epochs"}                              # the steps say it all
+        if (args.steps or args.epochs) and before.get("steps", self.total) < self.total:
+            free.add("steps")                          # longer, and asked for: not by a set that has grown
+        asked = {k: v for k, v in self.recipe.items() if k not in free}
+        other = [f"{k} {before.get(k)} (now {v})" for k, v in asked.items() if before.get(k) != v]
         if other:
             raise UserError(f"{file}: the run there has {', '.join(other)}; give another --out, or --fresh "
                             "to start over")
@@ -585,6 +620,19 @@ class Run:
 
     def lock(self):
         self.locked = lock_folder(self.out)            # for the life of this run
+
+    def make_probe(self, model):
+        """The heads of --online-probe, for those of audio, video and av that the encoder takes; or None."""
+        wanted = self.args.online_probe
+        if wanted is None:
+            wanted = self.made
+        if not wanted:
+            return None
+        encoder = next(m for m in model.children() if isinstance(m, ViT))
+        names = sorted(encoder.grids)                  # audio, video
+        if len(names) == 2:
+            names.append("av")
+        return heads.OnlineProbe(names, encoder.dim, len(self.listing.classes), self.device)
 
     def say_world(self, model, before):
         """A line where a run that goes on with other processes than `before` is another one."""
@@ -657,11 +705,15 @@ class Run:
                  f"parameters{teacher}, {self.total:,} steps of {recipe['batch_size']} clips, "
                  f"{self.world} x {self.device.type}{bf16} -> {self.out}")
         if self.start:
-            self.say(f"going on at step {self.start:,} of {self.total:,}")
+            before = self.found["recipe"]["steps"]
+            longer = ""
+            if before < self.total:
+                longer = f": longer than the {before:,} before, from here by the schedules of {self.total:,}"
+            self.say(f"going on at step {self.start:,} of {self.total:,}{longer}")
 
     def open_log(self):
-        """Drop the rows after the step that the run goes on from, and the results of a run that this one
-        writes over."""
+        """Drop the rows and the kept checkpoints after the step that the run goes on from, and the results
+        of a run that this one writes over."""
         share = self.recipe.get("warmup", 0)
         self.warmup = share if share >= 1 else share * self.total
         self.rows = []
@@ -669,8 +721,10 @@ class Run:
         if self.process.main:
             self.rows = [row for row in read_log(self.out) if row["step"] < self.start]
             text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            later = [file for step, file in step_files(self.out).items() if step > self.start]
             try:
-                (self.out / "results.json").unlink(missing_ok=True)
+                for file in (self.out / "results.json", *later):
+                    file.unlink(missing_ok=True)
                 replace_file(self.out / "log.jsonl", lambda file: file.write(text.encode()))
             except OSError as e:
                 self.error = f"{self.out}/log.jsonl: cannot be written ({e.strerror})"
@@ -737,7 +791,7 @@ class Run:
         if not self.process.main:
             return "rank 0 says what is saved"
         if self.saved is None:
-            return f"nothing of this run is saved in {self.out} yet"
+            return f"nothing of this run is in {self.out}/latest.pt yet"
         return f"{self.out}/latest.pt holds step {self.saved} of {self.total}"
 
     def advice(self):
@@ -754,7 +808,8 @@ class Run:
     def micro_batches(self, step):
         """(batch on the device, its masks, weight, tick) for each of --accumulate: weight is {input: (B,)}
         of `weights`, or this micro-batch's share of the step's mean; tick counts the micro-batches of the
-        run. DDP averages the gradients at the last one alone. Sets torch's random stream."""
+        run, as if all its steps had as many. DDP averages the gradients at the last one alone. Sets torch's
+        random stream."""
         accumulate = self.args.accumulate
         clock = time.time()
         masks = self.masks(step)
@@ -809,7 +864,8 @@ class Run:
         return self.process.autocast()
 
     def note(self, loss, shown):
-        """Keep what a micro-batch shows: scalars, its part of the step's mean, and embeddings (B, D)."""
+        """Keep what a micro-batch shows: scalars, its part of the step's mean; embeddings (B, D), whose
+        health is logged; and clip embeddings clip/audio, clip/video, clip/av (B, D) for the online probe."""
         self.noted.append({"loss": loss.detach(), **shown})
 
     def clip(self, max_norm=math.inf):
@@ -842,6 +898,8 @@ class Run:
         line on the screen, and the alarms. values: further columns, the same on all ranks."""
         noted = self.noted
         self.noted = []
+        if self.online:
+            self.probe_clips(noted)
         if (step + 1) % self.args.log_every and step + 1 < self.total:
             return
         row = {"step": step}
@@ -852,8 +910,10 @@ class Run:
                 std, rank = common.health(common.gather_ranks(torch.cat(parts)))
                 row[f"std/{part}"] = std
                 row[f"rank/{part}"] = rank
-            else:
+            elif kind != "clip":
                 row[name] = self.process.total(sum(parts)).item() / self.world
+        if self.online:
+            row.update(self.online.row())
         row.update(values)
         count = step + 1 - self.logged
         row["ms_data"] = 1e3 * self.waited / count
@@ -865,6 +925,27 @@ class Run:
         self.logged = step + 1
         self.began = time.time()
         self.waited = 0.0
+
+    def probe_clips(self, noted):
+        """A step of the online probe, on all ranks the same: on the clip embeddings of the whole step, over
+        all micro-batches and ranks."""
+        clips = []
+        for batch in self.fetched:
+            clips.append(torch.stack([batch["index"], batch["has_audio"], batch["has_video"]], 1))
+        clips = common.gather_ranks(torch.cat(clips).to(self.device)).cpu()             # (B, 3)
+        index = clips[:, 0].numpy()
+        audio, video = clips[:, 1:].bool().T
+        has = {"audio": audio, "video": video, "av": audio & video}
+        offsets = self.listing.offsets
+        labelled = offsets[index + 1] > offsets[index]
+        embeddings = {}
+        for key in noted[0]:
+            kind, _, name = key.partition("/")
+            if kind == "clip":
+                x = common.gather_ranks(torch.cat([shown[key] for shown in noted]))     # (B, D)
+                embeddings[name] = x[labelled]
+                has[name] = has[name][labelled]
+        self.online.step(embeddings, has, self.listing.targets(index[labelled]))
 
     def write(self, row):
         step = row["step"]
@@ -883,10 +964,14 @@ class Run:
             self.alarmed[name] = step
 
     def save(self, step):
-        """A checkpoint at each interval and at the end."""
+        """A checkpoint at each interval of the two and at the end."""
         self.done = step + 1
-        if self.done % self.args.save_every == 0 or self.done == self.total:
+        if self.done % self.args.save_every == 0 or self.stays() or self.done == self.total:
             self.keep()
+
+    def stays(self):
+        """Whether --keep-every wants the checkpoint of the last complete step to stay."""
+        return bool(self.args.keep_every) and self.done % self.args.keep_every == 0
 
     def keep(self):
         """Write the checkpoint of the last complete step, unless it is there; what hinders it is kept for
@@ -902,11 +987,16 @@ class Run:
         content = dict(version=code_version(), method=self.method, step=self.done, steps=self.total,
                        world=self.world, args=vars(self.args), recipe=self.recipe, inputs=asdict(self.inputs),
                        **parts, model=model, optimizer=self.optimizer.state_dict())
+        if self.online:
+            content["online_probe"] = self.online.state_dict()
+        # the one that stays first: a run that goes on from latest.pt has it
+        names = [step_file(self.done), "latest.pt"] if self.stays() else ["latest.pt"]
         try:
-            replace_file(self.out / "latest.pt", lambda f: write_tensors(content, f))
+            for name in names:
+                replace_file(self.out / name, lambda f: write_tensors(content, f))
             self.saved = self.done
         except OSError as e:
-            self.error = self.error or f"{self.out}/latest.pt: cannot be written ({e.strerror})"
+            self.error = self.error or f"{self.out}/{name}: cannot be written ({e.strerror})"
 
     # -- after the loop ------------------------------------------------------------------------------------
 
@@ -977,7 +1067,8 @@ def make_parser(doc, name):
         help="stop when more than this share of the clips does not decode")
     add_run("--out", help=f"folder of the run (default: runs/{name}-DATA-seedSEED)")
     add_run("--seed", type=int, default=0, help="of initial weights, order, views and masks")
-    add_run("--steps", type=int, help="optimiser steps, instead of --epochs (default: the recipe's)")
+    add_run("--steps", type=int, help="optimiser steps, instead of --epochs; more than before make a "
+        "finished run longer (default: the recipe's)")
     add_run("--epochs", type=float, help="passes over the data (default: the recipe's)")
     add_run("--batch-size", type=int, help="clips a step, over all processes (default: the recipe's)")
     add_run("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")
@@ -987,6 +1078,11 @@ def make_parser(doc, name):
     add_run("--fresh", action="store_true", help="start over, whatever lies in --out")
     add_run("--log-every", type=int, default=10, help="steps between two rows of the log")
     add_run("--save-every", type=int, default=500, help="steps between two checkpoints")
+    add_run("--online-probe", action=argparse.BooleanOptionalAction,
+        help="linear heads trained along on labels, which change nothing else: probe/audio, probe/video and "
+        "probe/av in the log (default: on for the sets that we make ourselves)")
+    add_run("--keep-every", type=int,
+        help=f"steps between two checkpoints that stay, as {step_file(1000)} (default: none)")
     add_method("--recipe", choices=COLUMNS,
         help="values of the table at the top (default: toy for --data toy, else paper)")
     add_method("--size", help=f"ViT: {', '.join(common.SIZES)} (default: the recipe's)")
@@ -1028,9 +1124,10 @@ def read_recipe(args, name, table, flags=()):
     check_range("--accumulate", args.accumulate, 1, 10 ** 6)
     check_range("--log-every", args.log_every, 1, 10 ** 9)
     check_range("--save-every", args.save_every, 1, 10 ** 9)
+    check_range("--keep-every", 1 if args.keep_every is None else args.keep_every, 1, 10 ** 9)
     check_range("--workers", args.workers or 0, 0, 1024)
     check_range("--max-bad", args.max_bad, 0, 1)
     check_range("--seed", args.seed, 0, 2 ** 31)
-    recipe.update(accumulate=args.accumulate, data=args.data, seed=args.seed)
+    recipe.update(data=args.data, seed=args.seed)
     args.out = args.out or f"runs/{name}-{args.data}-seed{args.seed}"
     return recipe

@@ -27,6 +27,7 @@ class Pictures:
         self.num_frames = num_frames
         self.size = size
         self.aspect = 1.0 if stream is None else pixel_aspect(stream)
+        self.frame_seconds = 0.0 if stream is None else float(1 / (stream.average_rate or 10))
         self.open = stream is not None and bool(windows)        # does it want more frames?
         self.until = end_of(windows)
         moments = []
@@ -58,11 +59,8 @@ class Pictures:
         self.picture = None
         self.count += 1
         self.begin = min(self.begin, time)
-        self.end = time + max(float((frame.duration or 0) * frame.time_base), self.frame_seconds())
+        self.end = time + max(seconds_of(frame.duration or 0, frame.time_base), self.frame_seconds)
         self.open = bool(self.moments) or self.end < self.until - SLACK
-
-    def frame_seconds(self):
-        return float(1 / (self.stream.average_rate or 10))
 
     def mark(self, until):
         """The frame on screen goes at `until`: in which windows was it?"""
@@ -226,6 +224,11 @@ class Sound:
         place = round((start - piece.begin) * self.sample_rate)         # of the window in the piece
         length = round(seconds * self.sample_rate)
         return max(-place, 0), piece.wave[max(place, 0):max(place + length, 0)]
+
+
+def seconds_of(ticks, time_base):
+    """A count of a stream's ticks in seconds: float(ticks * time_base), without a Fraction on the way."""
+    return ticks * time_base.numerator / time_base.denominator
 
 
 def start_of(windows):

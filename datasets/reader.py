@@ -17,7 +17,7 @@ import av
 import numpy as np
 
 from common import UserError
-from datasets.collectors import SLACK, Pictures, Sound
+from datasets.collectors import SLACK, Pictures, Sound, seconds_of
 
 SEEK_FROM = 2.0         # seconds: to a window that begins later the reader jumps
 APART = 10.0            # seconds from the end of one window to the next: between such two it jumps, too
@@ -150,7 +150,7 @@ class Clip:
                 kind = packet.stream.type
                 begin = self.time_of(packet)
                 begin = clocks[kind] if begin is None else begin
-                clocks[kind] = begin + float((packet.duration or 0) * packet.time_base)
+                clocks[kind] = begin + seconds_of(packet.duration or 0, packet.time_base)
                 ends[kind].append(clocks[kind])
         self.lonely = len(ends.get("video", ())) == 1
         self.rewind()
@@ -332,7 +332,7 @@ class Clip:
     def time_of(self, packet):
         """A packet's time in seconds on the clip's own clock, None if it has none."""
         pts = packet.dts if packet.pts is None else packet.pts
-        return None if pts is None else float(pts * packet.time_base) - self.origin
+        return None if pts is None else seconds_of(pts, packet.time_base) - self.origin
 
 
 class Lead:
@@ -377,7 +377,7 @@ def length_of(frame, stream):
     if stream.type == "audio":
         return frame.samples / frame.sample_rate
     if frame.duration:
-        return float(frame.duration * frame.time_base)
+        return seconds_of(frame.duration, frame.time_base)
     return float(1 / (stream.average_rate or 10))
 
 

@@ -119,7 +119,8 @@ class Clips(Dataset):
         heard = dict(zip(audio_windows, read["heard"]))
         video = []
         with torch.random.fork_rng(devices=[]):     # torchvision draws its crops from torch's global stream
-            torch.manual_seed(int(rng.integers(2 ** 62)))
+            # of the CPU alone: torch.manual_seed would note for each GPU where it was called from, 1 ms
+            torch.default_generator.manual_seed(int(rng.integers(2 ** 62)))
             for view in views:
                 if view.video:
                     cut = self.crops[view.video](frames[view.video_window])         # (T, 3, size, size)

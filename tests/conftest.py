@@ -197,8 +197,9 @@ def clock(path, fps, seconds=8.0, rate=16000, **how):
 
 
 def weights(out):
-    """The checkpoint of a run."""
-    return torch.load(Path(out) / "latest.pt", weights_only=True)
+    """The checkpoint of a run, or of a file."""
+    file = Path(out) if Path(out).is_file() else Path(out) / "latest.pt"
+    return torch.load(file, weights_only=True)
 
 
 def same(a, b):

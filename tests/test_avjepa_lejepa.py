@@ -22,10 +22,10 @@ VIDEO = dict(shape=(4, 16, 16), patch=(2, 8, 8))
 AUDIO = dict(shape=(8, 22), patch=(4, 4))
 
 
-def small_model(lam=0.05, absent="zero"):
+def small_model(lam=0.05, absent="zero", local="none"):
     config = dict(size="nano", video=VIDEO, audio=AUDIO, cls=True, absent=absent, norm_in=True)
     common.seed_step(0, 0)
-    return AVJEPA(config | {"norm_out": False}, (16, 16, 4), lam, 32)
+    return AVJEPA(config | {"norm_out": False}, (16, 16, 4), lam, 32, local)
 
 
 def batch_of(patterns):
@@ -119,6 +119,19 @@ def test_the_loss_is_the_weighted_sum_of_the_invariance_and_the_mean_sigreg_of_t
     slow_gradient, = torch.autograd.grad(expected, model.projector[-1].weight)
     torch.testing.assert_close(gradient, slow_gradient, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(shown["embedding/av"], z[0].detach(), atol=1e-3, rtol=1e-3)
+
+
+def test_the_online_probe_is_shown_cls_of_the_first_view_and_of_those_with_one_modality():
+    batch = batch_of(4 * [MODALITY])
+    model = small_model(local="modality")
+    shown = model(batch, None, 1.0, 0)[1]
+    video, audio = (batch[m].unflatten(0, (4, 3)) for m in ("video", "audio"))      # of those that have it
+    expected = dict(av=model.encoder(video[:, 0], audio[:, 0]), audio=model.encoder(None, audio[:, 2]),
+                    video=model.encoder(video[:, 2]))
+    for name, x in expected.items():
+        torch.testing.assert_close(shown[f"clip/{name}"], x[:, 0].detach(), atol=1e-5, rtol=1e-4)
+    shown = small_model(local="dropout")(batch, None, 1.0, 0)[1]       # where the ranks would differ
+    assert {name for name in shown if name.startswith("clip/")} == {"clip/av"}
 
 
 def test_without_sigreg_the_embeddings_collapse_and_with_it_they_do_not():

@@ -370,6 +370,17 @@ def test_the_running_mean_is_the_mean_so_far_then_forgets_in_a_hundred_steps_and
     assert torch.equal(weighted.mean, before)
 
 
+@pytest.mark.parametrize("first, then", [(1, 3), (3, 1)])
+def test_the_running_mean_weighs_all_alike_where_a_run_goes_on_in_other_micro_batches(first, then):
+    running = common.RunningMean(3)
+    x = random(8, 6, 3)
+    for step, batch in enumerate(x):
+        accumulate = first if step < 5 else then
+        for micro, part in enumerate(batch.chunk(accumulate)):
+            running.update(part, step * accumulate + micro)
+    torch.testing.assert_close(running.mean, x.mean((0, 1)))
+
+
 def test_a_schedule_stays_at_its_end_and_a_run_of_one_step_trains():
     assert common.cosine(80, 50, 0.05, 0.0) == pytest.approx(0)
     assert common.warmup_cosine(0, 1, 1, 3.0) == 3.0

@@ -1,4 +1,5 @@
 """heads.py: measures, heads, losses and rates say what they mean, against libraries and slow loops."""
+import copy
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import gelu, layer_norm, one_hot
 
 import heads
+from conftest import same
 from slow import random
 
 # ---- measures ------------------------------------------------------------------------------------------
@@ -187,3 +189,79 @@ def test_a_class_without_training_clips_is_never_said():
     assert set(scores.argmax(1).tolist()) == {1, 3} and torch.isfinite(scores).all()
     alone = heads.regression(x, torch.full((60,), 2), 4, 1.0)
     assert set(alone(None, x).argmax(1).tolist()) == {2}
+
+
+# ---- the online probe ----------------------------------------------------------------------------------
+
+def slow_scores(batches, classes):
+    """What LayerNorm and a linear layer say of each batch (x, y) before AdamW's formulas train them on it."""
+    dim = batches[0][0].shape[1]
+    params = [torch.ones(dim), torch.zeros(dim), torch.zeros(classes, dim), torch.zeros(classes)]
+    params = [p.double().requires_grad_() for p in params]
+    moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p in params]
+    said = []
+    for t, (x, y) in enumerate(batches, 1):
+        scale, shift, weight, bias = params
+        x = x.double() - x.double().mean(1, keepdim=True)
+        x = scale * x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() + shift
+        scores = x @ weight.T + bias
+        said.append(scores.detach())
+        loss = -sum(scores[i].log_softmax(0)[label] for i, label in enumerate(y.tolist())) / len(y)
+        grads = torch.autograd.grad(loss, params)
+        for p, pair, grad in zip(params, moments, grads):
+            pair[0] = 0.9 * pair[0] + 0.1 * grad
+            pair[1] = 0.999 * pair[1] + 0.001 * grad ** 2
+            step = pair[0] / (1 - 0.9 ** t) / ((pair[1] / (1 - 0.999 ** t)).sqrt() + 1e-8)
+            p.data = p.data * (1 - 1e-3 * 0.01) - 1e-3 * step
+    return said
+
+
+def test_the_online_probe_scores_each_batch_as_a_slow_loop_before_it_trains_on_it():
+    x = random(40, 12)
+    y = torch.arange(40) % 4
+    probe = heads.OnlineProbe(["av"], 12, 4)
+    rows = []
+    for _ in range(5):
+        probe.step({"av": x}, {"av": torch.ones(40).bool()}, y)
+        rows.append(probe.row()["probe/av"])
+    for value, scores in zip(rows, slow_scores(5 * [(x, y)], 4), strict=True):
+        best = [(s > s[label]).sum() + (s == s[label]).sum() == 1 for s, label in zip(scores, y)]
+        assert value == pytest.approx(100 * sum(best).item() / 40)
+    assert rows[0] == 0 and rows[1] > 40                    # at first all scores are the same
+
+
+def test_the_online_probe_s_row_is_the_map_of_scikit_learn_over_the_clips_since_the_last_one():
+    probe = heads.OnlineProbe(["audio", "video"], 12, 5)
+    for row in range(2):
+        scores = []
+        targets = []
+        for step in range(3):
+            x = random(20, 12, seed=10 * row + step)
+            y = (random(20, 5, seed=50 + 10 * row + step) > 0.8).to(torch.uint8)
+            has = torch.arange(20) % 4 != step
+            scores.append(probe.heads["audio"](None, x)[has].detach())
+            targets.append(y[has])
+            probe.step({"audio": x, "video": x}, {"audio": has, "video": has & False}, y)
+        expected = average_precision_score(torch.cat(targets).numpy(), torch.cat(scores).numpy())
+        assert probe.row() == {"probe/audio": pytest.approx(100 * expected)}
+    fresh = heads.OnlineProbe(["video"], 12, 5).state_dict()["heads"]       # of video no clip came
+    for name, p in fresh.items():
+        assert torch.equal(probe.heads.state_dict()[name], p)
+
+
+def test_an_online_probe_that_goes_on_from_its_state_amid_a_row_is_the_same_bit_for_bit():
+    def train(probe, steps):
+        for step in steps:
+            x = random(8, 6, seed=step)
+            probe.step({"av": x.bfloat16().float()}, {"av": torch.ones(8).bool()}, torch.arange(8) % 3)
+
+    whole, first, second = (heads.OnlineProbe(["audio", "av"], 6, 3) for _ in range(3))
+    train(whole, range(5))
+    train(first, range(3))
+    state = copy.deepcopy(first.state_dict())
+    second.load_state_dict(state)
+    train(second, range(3, 5))
+    assert same(whole.state_dict(), second.state_dict()) and whole.row() == second.row()
+    for key in state:                                       # and what does not fit it is not taken
+        with pytest.raises(Exception):  # noqa: B017
+            heads.OnlineProbe(["audio", "av"], 7, 3).load_state_dict(state | {key: {"0": 1}})

@@ -487,6 +487,7 @@ def test_a_run_leaves_checkpoint_log_curves_and_results(finished, method):
         assert {"grad_norm", "ms_data", "ms_step", "bad_clips", "no_video", "no_audio"} < set(row)
         assert parts_of(row, "loss/") == set(method.terms) and parts_of(row, "know_nothing/") == knows
         assert parts_of(row, "std/") == parts_of(row, "rank/") == inputs
+        assert parts_of(row, "probe/") == (set(takes) if method in PAPERS else set())
         if method.masked:
             assert row["loss"] == pytest.approx(sum(row[f"loss/{term}"] for term in method.terms), rel=1e-4)
     assert (out / "curves.png").read_bytes()[:4] == PNG
@@ -543,6 +544,70 @@ def test_stopped_at_two_of_four_steps_and_continued_equals_four_steps_bit_for_bi
         assert same(one[key], two[key]), key
     for row, other in zip(run.read_log(finished[method.name]), run.read_log(tmp_path), strict=True):
         assert all(row[name] == other[name] for name in row.keys() - {"ms_data", "ms_step"})
+
+
+@for_each(PAPERS)
+def test_without_the_online_probe_weights_and_log_are_the_same_bit_for_bit(
+        toy, finished, quick, method, tmp_path):
+    method.script.main(flags_of(toy, tmp_path, "--no-online-probe"))
+    one = weights(finished[method.name])
+    two = weights(tmp_path)
+    assert one.keys() - two.keys() == {"online_probe"}
+    assert same(one["model"], two["model"]) and same(one["optimizer"], two["optimizer"])
+    for row, other in zip(run.read_log(finished[method.name]), run.read_log(tmp_path), strict=True):
+        assert not parts_of(other, "probe/")
+        assert all(row[name] == other[name] for name in other.keys() - {"ms_data", "ms_step"})
+
+
+def test_a_finished_run_is_made_longer_by_the_schedules_of_the_new_length_and_not_shorter(
+        toy, finished, quick, method, tmp_path, monkeypatch):
+    out = shutil.copytree(finished[method.name], tmp_path / "run")
+    before = run.read_log(out)
+    method.script.main(flags_of(toy, out, "--steps 8"))
+    rows = run.read_log(out)
+    assert rows[:4] == before and [row["step"] for row in rows] == list(range(8))
+    recipe = recipe_of(method, "--steps 8")
+    rates = [method.script.learning_rate(step, recipe) for step in range(4, 8)]
+    assert [row["lr"] for row in rows[4:]] == rates
+    with pytest.raises(UserError, match=r"has steps 8 \(now 4\); give another --out, or --fresh"):
+        method.script.main(flags_of(toy, out))
+    # single steps of a run that was to have 8 from its beginning
+    monkeypatch.setattr(run.Run, "steps", lambda self: (self.fetch() or step for step in (3, 7)))
+    method.script.main(flags_of(toy, tmp_path / "whole", "--steps 8"))
+    fourth, last = run.read_log(tmp_path / "whole")
+    now, whole = weights(out), weights(tmp_path / "whole")
+    assert now["recipe"] == whole["recipe"]
+    assert now["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
+    for key in {"lr", "tau"} & last.keys():
+        assert rows[7][key] == last[key]
+    changes = [before[3][key] != fourth[key] for key in {"lr", "tau"} & last.keys()]
+    assert any(changes) == (method is not MJEPA)       # both constant
+
+
+@for_each([AJEPA, NCSU])
+def test_a_run_goes_on_in_other_micro_batches_as_if_it_had_not_changed(
+        toy, quick, method, tmp_path, monkeypatch):
+    """In float32. The running mean, too, weighs all clips alike."""
+    monkeypatch.setattr(run, "start_process", lambda device: CPU)
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    method.script.main(flags_of(toy, one, "--keep-every 2"))
+    method.script.main(flags_of(toy, two, f"--accumulate 2 --resume {one}/step-000002.pt"))
+    for row, other in zip(run.read_log(one)[2:], run.read_log(two), strict=True):
+        for key in row:
+            if key.startswith(("loss", "std/", "rank/", "kept/", "grad_norm", "lr", "tau")):
+                assert other[key] == pytest.approx(row[key], rel=1e-4), key
+    before, after = (weights(out)["model"] for out in (one, two))
+    means = [key for key in before if key.endswith("mean")]
+    assert means
+    for key in means:
+        torch.testing.assert_close(after[key], before[key], atol=1e-5, rtol=1e-4)
+
+
+def test_av_jepa_whose_sigreg_sees_the_micro_batch_does_not_go_on_in_another(toy, finished, quick, tmp_path):
+    out = shutil.copytree(finished["avjepa_lejepa"], tmp_path / "run")
+    with pytest.raises(UserError, match=r"has accumulate 1 \(now 2\)"):
+        avjepa_lejepa.main(flags_of(toy, out, "--accumulate 2"))
 
 
 def start(argv, folder):
@@ -765,6 +830,7 @@ REFUSED = {
     "recipe": ({"lr": 7.0}, "the run there has lr 7.0 (now"),
     "step": (900, "it is at step 900 of 4"),
     "inputs": ({"crop_scale": (0.1, 0.2)}, "the run there has other inputs than its recipe makes here"),
+    "online_probe": ({"heads": {}}, "the state of its online probe is damaged, or of other classes"),
     "optimizer": ({"param_groups": []}, "its optimiser state is damaged, or of another version of the code"),
 }
 
@@ -801,6 +867,7 @@ BAD = [                                                # flags that all share: e
     ("--resume no.pt", "no.pt: there is no such checkpoint"),
     (f"--out {300 * 'x'}", "xxx: cannot be made (File name too long)"),
     (f"--resume {300 * 'x'}", "xxx: there is no such checkpoint"),
+    ("--online-probe", "toy/train have no labels; put them into sub-folders, one for each class, or leave"),
 ]
 ROWS = []
 for number, each in enumerate(PAPERS):

@@ -219,6 +219,11 @@ def slow_step(model, batch, masks, weight, kind):
         means[name] = sum(share[b] * x.mean(0) for b, x in enumerate(known))
         pooled_means[name] = sum(share[b] * pooled[name, b] for b in range(3))
         shown[f"embedding/{name}"] = torch.stack(health)
+        column = {"a": "audio", "v": "video", "av": "av"}[name]
+        shown[f"clip/{column}"] = torch.stack([h[name, b, 0][-1].mean(0) for b in range(3)])
+    if isinstance(model, avjepa_ncsu.AVJEPA) and len(model.inputs) == 2:
+        joined = [torch.cat([h["v", b, 0][-1], h["a", b, 0][-1]]) for b in range(3)]
+        shown["clip/av"] = torch.stack([x.mean(0) for x in joined])
     for term in (*model.inputs, *getattr(model, "across", ())):
         source, _, target = term.partition("->")
         loss = 0.0

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from conftest import CPU, FORK, METHOD, fails, free_port, same, weights
+from slow import random
 
 
 # ---- Little: a method whose clips are numbers ----------------------------------------------------------
@@ -50,18 +51,19 @@ class Little(nn.Module):
         loss = weight * self.slope.square().sum()
         if "audio" in batch:
             loss = loss + batch["audio"].sum()
-        return loss, {"loss/a": loss.detach()}
+        return loss, {"loss/a": loss.detach(), "clip/audio": random(16, 64)[batch["index"]]}
 
 
 def numbers(clips, order, workers, pin, ahead, at=None, then=None):
-    """In place of data.train_loader: nothing is decoded, and clip 3 is short. Before the micro-batch number
-    `at` comes then()."""
+    """In place of data.train_loader: nothing is decoded, clip 3 is short and silent. Before the micro-batch
+    number `at` comes then()."""
     for number, keys in enumerate(order):
         if number == at:
             then()
         index = torch.tensor([i for _, i in keys])
         there = index >= 0
-        yield dict(index=index, has_audio=there, has_video=there, short=index == 3, bad=[], empty=[], lost=0)
+        flags = dict(has_audio=there & (index != 3), has_video=there, short=index == 3)
+        yield dict(index=index, **flags, bad=[], empty=[], lost=0)
 
 
 def draw_masks(step, places):
@@ -76,12 +78,15 @@ def read(*words):
     return args, run.read_recipe(args, "little", TABLE)
 
 
-def train(out, *words, interrupt=None, dropout=0.0):
-    """Train a Little as the scripts' main does, with a SIGTERM in step number `interrupt`. Returns its
-    model."""
-    (out / "clips").mkdir(parents=True, exist_ok=True)
+def train(out, *words, interrupt=None, dropout=0.0, classes=None):
+    """Train a Little as the scripts' main does, with a SIGTERM in step number `interrupt`. classes: of its
+    clips, which have else no labels. Returns its model."""
     for number in range(16):
-        (out / "clips" / f"{number:02d}.wav").touch()
+        folder = out / "clips"
+        if classes:
+            folder = folder / "train" / str(number % classes)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}.wav").touch()
     where = ["--data", "folder", "--data-dir", out / "clips", "--out", out / "run"]
     flags = ["--recipe", "toy", "--workers", 0, "--device", "cpu", "--log-every", 1]
     args, recipe = read(*where, *flags, *words)
@@ -131,6 +136,7 @@ def on_a_rank(rank, folder, port):
         main=process.from_main(lambda: f"of {rank}"),
         gathered=common.gather_ranks(torch.full((2, 1), float(rank))).flatten().tolist(),
         given=train(folder, "--accumulate", 2).given)
+    train(folder / "probed", "--accumulate", 2, "--online-probe", classes=2)
     for name, then in ON_RANK_1.items():
         if rank == 1:
             data.train_loader = functools.partial(numbers, at=5, then=then)
@@ -203,6 +209,15 @@ def test_a_clip_has_the_same_mask_in_any_number_of_processes_and_micro_batches(r
     assert masks(ranks[0]["given"] + ranks[1]["given"]) == whole and len(set(whole)) == 4 * 8
 
 
+def test_the_online_probe_of_two_processes_with_two_micro_batches_is_that_of_one(ranks, tmp_path):
+    train(tmp_path, "--online-probe", classes=2)
+    folders = tmp_path / "run", Path(ranks[0]["folder"]) / "probed" / "run"
+    one, two = ([row["probe/audio"] for row in run.read_log(folder)] for folder in folders)
+    assert one == two and len(set(one)) > 1
+    one, two = (weights(folder)["online_probe"]["heads"] for folder in folders)
+    torch.testing.assert_close(one, two)
+
+
 def test_what_one_process_meets_ends_all_after_the_last_complete_step_which_is_saved(ranks):
     first, second = ranks
     folder = Path(first["folder"])
@@ -254,6 +269,86 @@ def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint_and_a_fresh_one
     assert [row["step"] for row in run.read_log(tmp_path / "run")] == [0]
 
 
+def test_a_stopped_run_s_online_probe_goes_on_bit_for_bit_or_where_the_checkpoint_has_none_anew(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+    flags = ["--online-probe", "--log-every", 3]
+    for name in ("whole", "stopped", "without"):
+        train(tmp_path / name, *flags, classes=4, interrupt=None if name == "whole" else 2)
+    content = weights(tmp_path / "without" / "run")
+    assert len(content.pop("online_probe")["scored"]["audio"][0]) == 15         # of two steps, but one
+    torch.save(content, tmp_path / "without" / "run" / "latest.pt")
+    for name in ("stopped", "without"):
+        train(tmp_path / name, *flags, classes=4)
+    whole, stopped, without = (tmp_path / name / "run" for name in ("whole", "stopped", "without"))
+    assert same(weights(whole)["online_probe"], weights(stopped)["online_probe"])
+    one, two, three = ([row["probe/audio"] for row in run.read_log(out)] for out in (whole, stopped, without))
+    assert one == two and one[0] > 0 == three[0]               # before its first step a head says nothing
+    assert "other classes; give --no-online-probe" in fails(train, tmp_path / "stopped", *flags, classes=5)
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+
+
+def kept(folder):
+    """{name: step} of the checkpoints that stay."""
+    return {file.name: weights(file)["step"] for file in (folder / "run").glob("step-*.pt")}
+
+
+def test_a_copy_of_the_checkpoint_stays_at_each_nth_step_whatever_save_every_is(tmp_path, no_curves):
+    train(tmp_path, "--keep-every", 2, "--save-every", 3, "--steps", 7)
+    assert kept(tmp_path) == {"step-000002.pt": 2, "step-000004.pt": 4, "step-000006.pt": 6}
+    assert weights(tmp_path / "run")["step"] == 7
+    train(tmp_path / "stops", "--keep-every", 2, "--save-every", 9, "--steps", 7, interrupt=5)
+    assert set(kept(tmp_path / "stops")) == {"step-000002.pt", "step-000004.pt"}           # not the fifth
+    content = weights(tmp_path / "run" / "step-000004.pt")
+    assert same(content["model"], weights(tmp_path / "stops" / "run" / "step-000004.pt")["model"])
+
+
+@pytest.mark.parametrize("words, left", [
+    ([], {2, 4, 6}), (["--fresh"], set()), (["--resume", "step-000004.pt"], {2, 4}),
+    (["--resume", "step-000002.pt"], {2})])
+def test_a_run_begins_by_taking_away_what_a_run_before_kept_of_later_steps_than_it_starts_at(
+        tmp_path, monkeypatch, capsys, no_curves, words, left):
+    train(tmp_path, "--keep-every", 2, "--steps", 7)
+    others = [tmp_path / "run" / name for name in ("step-9.pt", "step-best.pt", "0step-000009.pt")]
+    for file in (*others, tmp_path / "run" / "step-000008.pt"):
+        file.touch()
+    where = [tmp_path / "run" / word if word.endswith(".pt") else word for word in words]
+    now = functools.partial(numbers, at=0, then=functools.partial(signal.raise_signal, signal.SIGTERM))
+    with monkeypatch.context() as patch:                       # while the first clips are waited for
+        patch.setattr(data, "train_loader", now)
+        train(tmp_path, "--steps", 7, *where)
+    assert {step for step in range(9) if (tmp_path / "run" / run.step_file(step)).exists()} == left
+    assert all(file.exists() for file in others)
+    said = capsys.readouterr().out
+    if where[1:]:                                              # from that step on it is latest.pt's
+        start = max(left)
+        assert weights(tmp_path / "run")["step"] == start
+        assert f"latest.pt holds step {start} of 7, and the same command without --resume goes on" in said
+        for file in others:
+            file.unlink()
+        train(tmp_path, "--steps", 7, "--keep-every", 2)
+        train(tmp_path / "whole", "--steps", 7)
+        assert same(weights(tmp_path / "run")["model"], weights(tmp_path / "whole" / "run")["model"])
+        assert set(kept(tmp_path).values()) == {2, 4, 6}
+
+
+def test_what_is_kept_of_earlier_steps_stays_when_a_run_goes_on_and_latest_is_never_ahead_of_it(
+        tmp_path, monkeypatch, disk, capsys, no_curves):
+    fills = functools.partial(numbers, at=3, then=functools.partial(full, 20_000))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "train_loader", fills)
+        message = fails(train, tmp_path, "--save-every", 1, "--keep-every", 2)
+    assert "run/step-000004.pt: cannot be written (File too large)" in message
+    assert message.endswith("latest.pt holds step 3 of 4, and the same command goes on from there")
+    full(resource.RLIM_INFINITY)
+    train(tmp_path, "--keep-every", 2)
+    assert kept(tmp_path) == {"step-000002.pt": 2, "step-000004.pt": 4}
+
+
 def test_a_signal_in_the_last_step_leaves_curves_and_table_to_the_next_call(tmp_path, capsys):
     train(tmp_path, interrupt=4)
     said = capsys.readouterr().out
@@ -281,7 +376,7 @@ def test_a_signal_ends_the_wait_for_clips_at_once_and_the_run_goes_on_bit_for_bi
 
 
 @pytest.mark.parametrize("words, interrupt, advice", [
-    ([], 1, "nothing of this run is saved in {out} yet"),
+    ([], 1, "nothing of this run is in {out}/latest.pt yet"),
     (["--fresh"], 2, "holds step 2 of 4, and the same command without --fresh goes on from there"),
     (["--resume", "first.pt"], 3, "holds step 3 of 4, and the same command without --resume goes on")])
 def test_what_a_stopped_run_says_of_its_checkpoint_is_true(
@@ -363,7 +458,7 @@ def test_a_loss_that_is_not_finite_names_the_clip_to_blame_and_what_is_kept(tmp_
     monkeypatch.setattr(Little, "forward", explode)
     message = fails(train, tmp_path, "--fresh")
     assert "the loss or its gradient is not finite at step 0, while the clips are" in message
-    assert f"nothing of this run is saved in {tmp_path}/run yet" in message
+    assert f"nothing of this run is in {tmp_path}/run/latest.pt yet" in message
 
 
 def test_weights_that_are_not_finite_are_not_saved_over_those_that_are(tmp_path, monkeypatch):
@@ -430,7 +525,7 @@ def test_the_optimisers_settings_are_those_of_the_recipe_not_of_the_file(tmp_pat
     assert weights(tmp_path / "run")["optimizer"]["param_groups"][0]["lr"] == 0.05
 
 
-@pytest.mark.parametrize("name", [".lock", *run.FILES])
+@pytest.mark.parametrize("name", [".lock", *run.FILES, "step-000010.pt"])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_what_lies_where_a_run_writes_a_file_and_is_none_is_named(tmp_path, name, make):
     folder = tmp_path / "run"
@@ -447,11 +542,46 @@ def test_a_model_that_is_too_large_is_a_sentence():
 
 
 def test_a_run_of_another_recipe_is_refused_by_all_that_differs(tmp_path):
-    train(tmp_path, "--steps", 1)
-    message = fails(train, tmp_path, "--lr", 0.2, "--steps", 5)
-    assert "has lr 0.05 (now 0.2), steps 1 (now 5); give another --out, or --fresh" in message
+    train(tmp_path, "--steps", 2)
+    message = fails(train, tmp_path, "--lr", 0.2, "--steps", 1)
+    assert "has lr 0.05 (now 0.2), steps 2 (now 1); give another --out, or --fresh" in message
+    message = fails(train, tmp_path, "--lr", 0.2, "--steps", 3)
+    assert "has lr 0.05 (now 0.2); give another --out, or --fresh" in message
     fails(train, tmp_path, "--fresh", "--resume", "x.pt", match="exclude each other")
     fails(train, tmp_path, "--out", tmp_path / "clips" / "00.wav", "--fresh", match="cannot be made")
+
+
+@pytest.mark.parametrize("interrupt, words", [
+    (2, ["--steps", 6]), (None, ["--steps", 6]), (None, ["--epochs", 3])])
+def test_a_run_is_made_longer_by_more_steps_or_epochs_and_says_so_once(
+        tmp_path, capsys, no_curves, interrupt, words):
+    """Two steps an epoch."""
+    train(tmp_path, interrupt=interrupt)
+    before = run.read_log(tmp_path / "run")
+    start = interrupt or 4
+    train(tmp_path, *words, interrupt=5)
+    longer = "longer than the 4 before, from here by the schedules of 6"
+    assert f"going on at step {start} of 6: {longer}\n" in capsys.readouterr().out
+    train(tmp_path, *words)
+    assert "going on at step 5 of 6\n" in capsys.readouterr().out
+    rows = run.read_log(tmp_path / "run")
+    assert rows[:start] == before and [row["step"] for row in rows] == list(range(6))
+    assert weights(tmp_path / "run")["steps"] == weights(tmp_path / "run")["recipe"]["steps"] == 6
+    assert "has steps 6 (now 4)" in fails(train, tmp_path)     # the recipe's: not what was asked for
+
+
+def test_as_many_steps_are_the_same_run_however_given_but_a_set_that_has_grown_makes_another(
+        tmp_path, capsys, no_curves):
+    paper = ["--recipe", "paper", "--batch-size", 8]           # two epochs
+    train(tmp_path, *paper, interrupt=2)
+    train(tmp_path, *paper, "--steps", 4, interrupt=3)
+    train(tmp_path, *paper)
+    assert "longer" not in capsys.readouterr().out and weights(tmp_path / "run")["step"] == 4
+    for number in range(8):
+        (tmp_path / "clips" / f"new{number}.wav").touch()
+    assert "has steps 4 (now 6); give another --out" in fails(train, tmp_path, *paper)
+    train(tmp_path, *paper, "--epochs", 2)
+    assert weights(tmp_path / "run")["step"] == 6
 
 
 def test_an_alarm_is_shown_when_it_begins_and_again_only_after_20_rows_without(tmp_path, monkeypatch, capsys):
@@ -591,7 +721,8 @@ def test_of_two_writers_at_once_each_writes_a_whole_file(tmp_path):
 def hold(folder, ready):
     """Lock a folder, with a child that outlives this process, and leave something half written."""
     locked = run.lock_folder(folder)
-    (folder / ".latest.pt.0123.part").write_bytes(b"half")
+    for name in ("latest.pt", "step-000010.pt"):
+        (folder / f".{name}.0123.part").write_bytes(b"half")
     child = os.fork()
     if child:
         ready.send(child)
@@ -849,7 +980,7 @@ def test_the_workers_share_the_cores(monkeypatch):
 
 def test_a_run_takes_the_column_of_its_recipe_with_the_flags_in_place_of_its_values():
     args, recipe = read()
-    shared = dict(size="nano", seconds=1.0, batch_size=8, warmup=0.1, accumulate=1, seed=0)
+    shared = dict(size="nano", seconds=1.0, batch_size=8, warmup=0.1, seed=0)
     assert recipe == {**shared, "lr": 0.05, "steps": 4, "epochs": None, "data": "toy"}
     assert args.out == "runs/little-toy-seed0"
     _, recipe = read("--data", "vggsound")                     # the paper's, but for the toy clips
@@ -861,7 +992,7 @@ def test_a_run_takes_the_column_of_its_recipe_with_the_flags_in_place_of_its_val
 @pytest.mark.parametrize("flag, value", [
     ("--lr", -1), ("--lr", "nan"), ("--batch-size", 1), ("--steps", -1), ("--steps", 0), ("--epochs", 0),
     ("--epochs", "nan"), ("--seconds", 0), ("--seconds", "nan"), ("--accumulate", 0), ("--log-every", 0),
-    ("--save-every", 0), ("--max-bad", 2), ("--max-bad", "nan"), ("--seed", -1), ("--workers", -1),
-    ("--size", "colossal"), ("--out", ""), ("--data-dir", "")])
+    ("--save-every", 0), ("--keep-every", 0), ("--max-bad", 2), ("--max-bad", "nan"), ("--seed", -1),
+    ("--workers", -1), ("--size", "colossal"), ("--out", ""), ("--data-dir", "")])
 def test_a_flag_out_of_range_is_refused_by_name(flag, value):
     assert flag in fails(read, flag, value)

@@ -478,11 +478,16 @@ def weight_decay_groups(module, weight_decay, everywhere=False):
 KEYS = {"step", "args", "recipe", "inputs", "encoder", "projector", "cross", "model", "optimizer"}
 
 
+def checkpoint_file(path):
+    """The file of a checkpoint: itself, or the latest of a run's folder."""
+    return Path(path) / "latest.pt" if os.path.isdir(path) else Path(path)
+
+
 def load_checkpoint(path, method=None):
     """The dict of a run's latest.pt, on the CPU. path: the file, or the folder of the run; method: the name
     of the one that it must be of. Raises UserError if it is missing, cut off, or of another method or
     version, or if its entries are not what a run writes."""
-    path = Path(path) / "latest.pt" if os.path.isdir(path) else Path(path)
+    path = checkpoint_file(path)
     if not os.path.isfile(path):                       # nor is a name that is too long
         raise UserError(f"{path}: there is no such checkpoint; give a run's folder or its latest.pt")
     try:

@@ -2,6 +2,7 @@
 
     python probe.py --ckpt RUN --data toy --probe linear --modality audio
     python probe.py --ckpt RUN --data toy --baseline untrained          # as the encoder was initialised
+    python probe.py --ckpt RUN/step-*.pt RUN --data toy                 # earlier steps, each in turn
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --probe attentive           # A, V and AV at once
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --probe finetune --seeds 0 1 2
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --probe finetune --regularised-masking 0.1
@@ -15,7 +16,8 @@ set's official validation clips choose, or where it has none a tenth of the trai
 then the head is trained again on all. A head that was trained on sound and pictures together is also tested
 with one of them absent. A set with folds is tested fold by fold, and the mean counts.
 
-Each result is a row in RUN/probe.jsonl: one for each head and each modality that it was tested on.
+Each result is a row in RUN/probe.jsonl: one for each checkpoint, each head and each modality that it was
+tested on; `visualize.py curves RUN` draws them over the steps.
 
 --save-features writes an npz with files (N,), clip (N, D) float32, seconds (length of a view), with
 --patch-level also patch (N, views, tokens, D) float16, and where there are labels also labels, (N,) indices
@@ -790,7 +792,8 @@ def make_parser():
     add_data("--data", required=True, help=", ".join(data.SETS))
     add_data("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
     add_data("--split", choices=("train", "test", "all"), help="of --save-features; default: all")
-    add_run("--ckpt", required=True, help="folder of a run, or its latest.pt")
+    add_run("--ckpt", nargs="+", required=True,
+        help="folder of a run, its latest.pt or another checkpoint; of several, each in turn")
     add_run("--seeds", type=int, nargs="+", default=[0],
         help="of the head's start, the clips drawn and held out, and their order; of several the row has the "
         "mean and the standard deviation")
@@ -865,6 +868,8 @@ def get_args(argv=None):
     if args.encoder and args.baseline:
         raise UserError("--encoder has no effect without the trained encoder; leave --baseline out")
     if args.save_features is not None:
+        if len(args.ckpt) > 1:
+            raise UserError("--save-features writes one file; give one --ckpt")
         if args.probe != "linear":
             raise UserError("--save-features trains nothing; leave --probe out")
         out = Path(args.save_features)
@@ -875,13 +880,9 @@ def get_args(argv=None):
     return args
 
 
-def main(argv=None):
-    args = get_args(argv)
+def probe_checkpoint(args, process, workers):
+    """Probe the one checkpoint args.ckpt, or save its features, as the flags say."""
     began = time.time()
-    process = run.start_process(args.device)
-    if process.world > 1:
-        raise UserError("probe.py runs in one process; start it without torchrun")
-    workers = run.default_workers(process) if args.workers is None else args.workers
     load = functools.partial(
         common.load_encoder, args.ckpt, process.device, args.baseline == "untrained", args.absent,
         args.layers, args.encoder)
@@ -893,6 +894,7 @@ def main(argv=None):
         seen = RawInput(views.modality) if args.baseline == "raw" else encoder
         save_features(Path(args.save_features), seen, listing, views, process, workers, args.patch_level)
         return
+    print(f"{args.ckpt}, step {encoder.step:,}")
     train = data.list_clips(args.data, args.data_dir, "train")
     test = data.list_clips(args.data, args.data_dir, "test")
     train = labelled(train, "training")
@@ -941,6 +943,16 @@ def main(argv=None):
             "step": encoder.step,
             "seconds": round(seconds, 1)})
     print(f"{seconds:.1f} s")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    process = run.start_process(args.device)
+    if process.world > 1:
+        raise UserError("probe.py runs in one process; start it without torchrun")
+    workers = run.default_workers(process) if args.workers is None else args.workers
+    for one in run.each_checkpoint(args):
+        probe_checkpoint(one, process, workers)
 
 
 def print_result(args, protocol, views, head, tested, result):

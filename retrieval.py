@@ -1,11 +1,13 @@
 """Cross-modal retrieval: find the video of a sound and the sound of a video.
 
     python retrieval.py --ckpt RUN --data toy --clips all
+    python retrieval.py --ckpt RUN/step-*.pt RUN --data toy --clips all          # earlier steps, each in turn
     python retrieval.py --ckpt RUN --data SET --data-dir FOLDER                  # 5 clips a class, seed 0
     python retrieval.py --ckpt RUN --data SET --data-dir FOLDER --clips ids.txt  # a list of ids or file names
     python retrieval.py --ckpt RUN --query dog.wav --folder clips/               # a sound or a silent video
 
-Each clip is embedded by one modality at a time.
+Each clip is embedded by one modality at a time. Each result is a row in RUN/retrieval.jsonl;
+`visualize.py curves RUN` draws R@10 over the steps.
 """
 import signal
 
@@ -305,7 +307,8 @@ def get_args(argv=None):
     add_data("--clips", default="5", help="all, a number of clips for each class, or a file with ids")
     add_data("--query", help="a sound or a video: list its best matches in --folder (default: none)")
     add_data("--folder", help="folder that is searched with --query (default: none)")
-    add_run("--ckpt", required=True, help="folder of a run, or its latest.pt")
+    add_run("--ckpt", nargs="+", required=True,
+        help="folder of a run, its latest.pt or another checkpoint; of several, each in turn")
     add_run("--seed", type=int, default=0, help="of the choice of clips and of the views")
     add_method("--embedding", choices=("predicted", "projected", "encoder"),
         help="predicted: L1 between what one modality predicts of the other and what that is; projected: "
@@ -319,6 +322,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.query) == bool(args.data) or bool(args.query) != bool(args.folder):
         raise UserError("give either --data SET, or --query FILE with --folder DIR")
+    if args.query and len(args.ckpt) > 1:
+        raise UserError("--query is asked of one encoder; give one --ckpt")
     common.check_range("--workers", args.workers or 0, 0, 1024)
     common.check_range("--views", args.views, 1, 1000)
     common.check_range("--top", args.top, 1, 10 ** 6)
@@ -338,13 +343,9 @@ def show_matches(args, encoder, embedding, process, workers):
         print(f"({left_out} clips left out: unreadable, or without {lacks})")
 
 
-def main(argv=None):
-    args = get_args(argv)
+def search_checkpoint(args, process, workers):
+    """Search with the one checkpoint args.ckpt, as the flags say."""
     began = time.time()
-    process = run.start_process(args.device)
-    if process.world > 1:
-        raise UserError("retrieval.py runs in one process; start it without torchrun")
-    workers = run.default_workers(process) if args.workers is None else args.workers
     encoder = common.load_encoder(args.ckpt, process.device, args.untrained, args.absent, cross=True)
     if len(encoder.vit.grids) < 2:
         name = encoder.method["name"]
@@ -358,6 +359,7 @@ def main(argv=None):
     if listing.labels is None:
         print(f"{args.data_dir} has no sub-folders and so no held-out part: pre-training saw these clips")
     listing = choose(listing, args.clips, args.seed)
+    print(f"{args.ckpt}, step {encoder.step:,}")
     result = evaluate(encoder, listing, args.views, workers, process, embedding, args.seed)
     untrained = ", untrained encoder" if args.untrained else ""
     print(f"{args.data}, N = {result['N']:,}, left out {result['left_out']:,}{untrained}")
@@ -374,6 +376,16 @@ def main(argv=None):
         "step": encoder.step,
         "seconds": round(time.time() - began, 1),
         **result})
+
+
+def main(argv=None):
+    args = get_args(argv)
+    process = run.start_process(args.device)
+    if process.world > 1:
+        raise UserError("retrieval.py runs in one process; start it without torchrun")
+    workers = run.default_workers(process) if args.workers is None else args.workers
+    for one in run.each_checkpoint(args):
+        search_checkpoint(one, process, workers)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import math
 import os
 import signal
 import subprocess
+import textwrap
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -295,8 +296,13 @@ def lock_folder(folder):
 
 
 def read_log(out):
-    """The rows of a run's log.jsonl. Says how many lines are none: cut off by a kill, or damaged."""
-    file = Path(out) / "log.jsonl"
+    """The rows of a run's log.jsonl."""
+    return read_rows(Path(out) / "log.jsonl")
+
+
+def read_rows(file, turn=dict):
+    """The rows of a .jsonl file, turn(each) one of a log. Says how many lines are none: cut off by a kill, or
+    damaged."""
     rows = []
     broken = 0
     for line in file.read_bytes().splitlines() if file.is_file() else ():
@@ -304,6 +310,7 @@ def read_log(out):
             row = json.loads(line)
         except (ValueError, RecursionError):           # no JSON, or no UTF-8
             row = None
+        row = turn(row) if isinstance(row, dict) else None
         if is_row(row):
             rows.append(row)
         else:
@@ -338,6 +345,19 @@ def add_row(ckpt, name, row):
     except OSError as e:
         reason = f"the result above could not be written there ({e.strerror})"
         raise UserError(f"{folder / name}: {reason}") from None
+
+
+def each_checkpoint(args):
+    """The flags with each --ckpt in turn, a file that is given twice once. All are read before the first is
+    evaluated: a typo at the end costs nothing."""
+    paths = {}
+    for path in args.ckpt:
+        paths.setdefault(os.path.realpath(common.checkpoint_file(path)), path)
+    if len(paths) > 1:
+        for path in paths.values():
+            common.load_checkpoint(path)
+    for path in paths.values():
+        yield argparse.Namespace(**{**vars(args), "ckpt": path})
 
 
 def load_optimizer(optimizer, state, path):
@@ -493,20 +513,21 @@ def draw_curves(path, runs, title):
 
 
 def draw_column(ax, column, runs):
-    """One column of several logs over the steps, the solid lines first."""
+    """One column of several logs over the steps, the solid lines first; with few points each has a marker."""
     nothing = "know_nothing" + column.removeprefix("loss")
     for key in (column, nothing) if column.startswith("loss/") else (column,):
         for number, rows in enumerate(runs.values()):
             color, dashes = LINES[number % len(LINES)]
-            marker = MARKERS[number % len(MARKERS)] if len(runs) > 1 else None
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             x, y = zip(*points) if points else ((), ())
             if key == column:
                 every = max(1, len(x) // 6)
+                marker = MARKERS[number % len(MARKERS)] if len(runs) > 1 or every == 1 else None
                 ax.plot(x, y, color=color, ls=dashes, lw=1.2, marker=marker, ms=3, markevery=every)
             else:
                 ax.plot(x, y, color=color, ls=":", lw=0.8)
-    ax.set_title(f"{column}, ms" if column.startswith("ms_") else column, fontsize=9, parse_math=False)
+    title = f"{column}, ms" if column.startswith("ms_") else column
+    ax.set_title(textwrap.fill(title, 40), fontsize=9, parse_math=False)
     ax.set_xlabel("step", fontsize=8)
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.3)

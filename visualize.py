@@ -1,5 +1,5 @@
 """See what an encoder has learnt: attention between sound and pictures, PCA of its tokens, a map of its clips
-and the curves of its runs.
+and the curves of its runs, with what probes and retrieval found at their steps.
 
     python visualize.py attention --ckpt RUN --clip dog.mp4       # a picture, and an mp4 with the sound
     python visualize.py attention --ckpt RUN --data toy           # how often the peak is what sounds
@@ -963,28 +963,50 @@ def map_clips(args, encoder, process, workers):
 # Curves
 # ----------------------------------------------------------------------------------------------------------
 
-def numbers(row):
-    """What of a row of the log can be drawn."""
-    return {key: value for key, value in row.items() if value is None or isinstance(value, (int, float))}
+SCORE = {"data", "probe", "head", "modality", "tested", "metric", "value"}  # what says what a probe measured
+
+
+def scores(row):
+    """A row of probe.jsonl or retrieval.jsonl as one of a log: {step, what was measured: percent}, the step
+    alone where that is a baseline, or the errors of pixels.py."""
+    found = {"step": row.get("step")}
+    if row.get("baseline") or row.get("untrained"):
+        return found
+    if SCORE <= row.keys():
+        alone = row["tested"] == row["modality"]
+        tested = row["tested"] if alone else f"{row['tested']} of {row['modality']}"
+        found[f"{row['probe']} {row['head']}: {tested}, {row['data']}, {row['metric']}, %"] = row["value"]
+    for way in retrieval.WAYS:
+        if isinstance(row.get(way), dict):
+            found[f"retrieval: {way}, {row.get('data')}, R@10 of {row.get('N')}, %"] = row[way].get("R@10")
+    return found
+
+
+def evaluations(folder):
+    """What probes and retrieval have found of a run's checkpoints, as rows of a log by their steps; of
+    several values of the same step and measure the last counts."""
+    points = {}
+    for name in ("probe.jsonl", "retrieval.jsonl"):
+        for row in run.read_rows(Path(folder) / name, scores):
+            points.setdefault(row["step"], {}).update(row)
+    return [points[step] for step in sorted(points)]
 
 
 def curves(args):
     """visualize.py curves: several runs in one picture, which goes into the folder of the first."""
     runs = {}
+    columns = set()
     for folder in dict.fromkeys(args.runs):
-        rows = []
-        if os.path.isdir(folder):
-            rows = [row for row in run.read_log(folder) if isinstance(row, dict)]
-            rows = [numbers(row) for row in rows if isinstance(row.get("step"), int)]
+        rows = run.read_log(folder) if os.path.isdir(folder) else []
         if not any(set(row) - {"step"} for row in rows):
             raise UserError(f"{folder}: has no log.jsonl with a row in it; give the folder of a run")
         label = f"{folder}, step {rows[-1]['step'] + 1:,}"
         with contextlib.suppress(UserError):            # no checkpoint, or one of an older version
             content = common.load_checkpoint(folder)
             label = f"{content['method']['title']}, {content['args']['data']}, {label}"
-        runs[label] = rows
+        columns.update(rows[-1])
+        runs[label] = rows + evaluations(folder)
     heading = f"{len(runs)} runs" if len(runs) > 1 else list(runs)[0]
-    columns = set().union(*(rows[-1] for rows in runs.values()))
     if any(column.startswith("know_nothing") for column in columns):
         heading += "; thin and dotted: the loss of a predictor that knows nothing"
     name = f"curves-of-{len(runs)}.png" if len(runs) > 1 else "curves.png"
@@ -1055,7 +1077,9 @@ def get_args(argv=None):
     add_method("--embedding", choices=("encoder", "projected"), default="encoder",
         help="encoder: CLS, or the mean of the tokens; projected: where the loss was taken")
 
-    add = command("curves", "losses and health of one or several runs, from their logs").add_argument
+    add = command(
+        "curves", "losses and health of one or several runs, from their logs, and what probe.py and "
+        "retrieval.py found at their steps").add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run")
     add("--out", help="folder for the file (default: the first run's)")
     args = parser.parse_args(argv)

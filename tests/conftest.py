@@ -270,6 +270,15 @@ def write_checkpoint(folder, video=True, audio=True, cross=(), projector=None, s
     return folder
 
 
+def write_two_steps(folder, **parts):
+    """A run's checkpoints of two steps: (that of step 2, whose weights are 0, so that clips are told apart
+    by nothing; the folder with the latest, of step 3)."""
+    content = common.load_checkpoint(write_checkpoint(folder, **parts))
+    zeros = {name: torch.zeros_like(x) for name, x in content["model"].items()}
+    torch.save({**content, "step": 2, "model": zeros}, folder / "step-000002.pt")
+    return folder / "step-000002.pt", folder
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     random.seed(0)

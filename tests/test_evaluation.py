@@ -20,7 +20,7 @@ import heads as kinds
 import mjepa
 import probe
 import retrieval
-from conftest import CPU, INPUTS, METHOD, fails, names, tone, write, write_checkpoint
+from conftest import CPU, INPUTS, METHOD, fails, names, tone, write, write_checkpoint, write_two_steps
 from slow import random, record
 
 BOTH = ("a->v", "v->a", "a->av")
@@ -363,6 +363,22 @@ def test_bad_input_to_retrieval_ends_in_one_sentence(more, sentence, toy, tmp_pa
         sentence = sentence.replace(name, str(folder))
     words = f"--ckpt {write_checkpoint(tmp_path)} --device cpu --workers 0 {more}"
     fails(retrieval.main, words.split(), match=sentence)
+
+
+def test_retrieval_with_several_checkpoints_writes_the_rows_that_each_has_alone(toy, tmp_path):
+    earlier, folder = write_two_steps(tmp_path)
+    words = f"--data toy --data-dir {toy} --clips all --views 1 --workers 0 --device cpu --ckpt".split()
+    fails(retrieval.main, [*words, str(earlier), str(folder / "x.pt")], match="x.pt: there is no such")
+    assert not (folder / "retrieval.jsonl").exists()
+    for ckpts in ([earlier, folder], [earlier], [folder]):
+        retrieval.main([*words, *map(str, ckpts)])
+    rows = [json.loads(line) for line in (folder / "retrieval.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["ckpt"]) for row in rows] == 2 * [(2, str(earlier)), (3, str(folder))]
+    for row, alone in zip(rows[:2], rows[2:]):
+        assert {**row, "seconds": 0} == {**alone, "seconds": 0}
+    assert rows[0]["A->V"]["R@10"] == 0 < rows[1]["A->V"]["R@10"]       # ties do not count
+    words = ["--query", "x.wav", "--folder", ".", "--ckpt", str(earlier), str(folder)]
+    fails(retrieval.main, words, match="--query is asked of one encoder; give one --ckpt")
 
 
 @pytest.mark.parametrize("more", ["--data toy --clips all", "--query TOY/test/00001.mp4 --folder TOY/test"])

@@ -20,6 +20,7 @@ import heads as kinds
 import probe
 import run
 from conftest import CPU, INPUTS, METHOD, ROOT, command, fails, last_row, names, tone, write, write_checkpoint
+from conftest import write_two_steps
 from slow import record
 
 TONES = {"high": 3000, "low": 400, "middle": 1100}      # Hz, of each class
@@ -545,6 +546,40 @@ def test_an_encoder_whose_weights_overflow_has_no_score_and_no_features(
     sentence = r"\.wav: what the encoder says of this clip is no finite number; .* take another checkpoint"
     fails(start, ".", "folder", tones, *flags.split(), match=sentence)
     assert [file.name for file in tmp_path.iterdir()] == ["latest.pt"]
+
+
+# ---- several checkpoints -------------------------------------------------------------------------------
+
+def alike(row):
+    """What of a row does not tell how it came to be."""
+    return {key: value for key, value in row.items() if key not in ("ckpt", "seconds")}
+
+
+def test_several_checkpoints_have_the_rows_that_each_has_alone_and_one_given_twice_has_one(
+        tones, tmp_path, capsys):
+    earlier, folder = write_two_steps(tmp_path, video=False)
+    flags = (*PAPER, "--views", 1)
+    start(folder, "folder", tones, *flags, "--ckpt", earlier, folder, folder / "latest.pt")
+    said = capsys.readouterr().out
+    assert said.index(f"{earlier}, step 2\n") < said.index(f"{folder}, step 3\n")
+    for ckpt in (earlier, folder):
+        start(ckpt, "folder", tones, *flags)
+    rows = all_rows(folder)
+    assert [(row["step"], row["ckpt"]) for row in rows] == 2 * [(2, str(earlier)), (3, str(folder))]
+    assert list(map(alike, rows[:2])) == list(map(alike, rows[2:]))
+    assert rows[0]["value"] < rows[1]["value"]
+
+
+def test_a_checkpoint_that_is_missing_or_cut_off_is_told_before_the_first_is_probed(
+        tones, tmp_path, monkeypatch):
+    earlier, folder = write_two_steps(tmp_path, video=False)
+    (tmp_path / "cut.pt").write_bytes(earlier.read_bytes()[:1000])
+    monkeypatch.setattr(probe, "probe_checkpoint", lambda *_: pytest.fail("a checkpoint was probed"))
+    for last, sentence in (("nowhere.pt", "nowhere.pt: there is no such"), ("cut.pt", "cut.pt: cannot be")):
+        ckpts = ("--ckpt", folder, earlier, tmp_path / last)
+        fails(start, folder, "folder", tones, *ckpts, match=sentence)
+    ckpts = ("--ckpt", earlier, folder, "--save-features", tmp_path / "f.npz")
+    fails(start, folder, "folder", tones, *ckpts, match="--save-features writes one file; give one --ckpt")
 
 
 # ---- the command line ----------------------------------------------------------------------------------

@@ -467,6 +467,35 @@ def test_curves_of_several_runs_are_named_and_told_apart_without_colour(runs, tm
     assert len({line.get_marker() for line in axes["loss"].lines}) == 3
 
 
+def test_curves_draw_what_probes_and_retrieval_found_of_the_trained_encoder_over_the_steps(
+        tmp_path, figures, capsys):
+    log = [json.dumps({"step": step, "loss": 1.0}) for step in range(40)]
+    (tmp_path / "log.jsonl").write_text("\n".join(log))
+    probed = dict(data="toy", probe="linear", head="regression", modality="av", tested="av", baseline=None,
+                  metric="top-1")
+    found = [dict(step=40, value=9.0), dict(step=40, value=60.0), dict(step=20, value=70.0),
+             dict(step=20, value=1.0, baseline="untrained"), dict(step=20, value=2.0, baseline="raw"),
+             dict(step=20, value=50.0, tested="audio"),
+             dict(step=30, value=None), dict(step="30", value=3.0), dict(step=30, value=math.nan)]
+    rows = [json.dumps({**probed, **row}) for row in found]
+    pixels = json.dumps(dict(step=30, probe="pixels", data="toy", baseline=None, hidden={"audio": {}}))
+    (tmp_path / "probe.jsonl").write_text("\n".join([*rows, pixels, "[]", '{"step": 30, "val']))
+    ways = {"A->V": {"R@1": 1.0, "R@10": 20.0}, "V->A": {"R@1": 2.0, "R@10": 30.0}}
+    searched = [dict(step=20, untrained=False, data="toy", N=256, **ways),
+                dict(step=10, untrained=True, data="toy", N=256, **ways)]
+    (tmp_path / "retrieval.jsonl").write_text("\n".join(map(json.dumps, searched)))
+    visualize.main(["curves", str(tmp_path)])
+    lines = {" ".join(ax.get_title().split()): ax.lines[0] for ax in figures[0].axes if ax.lines}
+    assert {title: line.get_xydata().tolist() for title, line in lines.items()} == {
+        "loss": [[step, 1] for step in range(40)],
+        "linear regression: av, toy, top-1, %": [[20, 70], [40, 60]],
+        "linear regression: audio of av, toy, top-1, %": [[20, 50]],
+        "retrieval: A->V, toy, R@10 of 256, %": [[20, 20]],
+        "retrieval: V->A, toy, R@10 of 256, %": [[20, 30]]}
+    assert [title for title, line in lines.items() if line.get_marker() == "None"] == ["loss"]
+    assert "probe.jsonl: 5 of its 12 lines are no rows of a log and left out" in capsys.readouterr().out
+
+
 def test_clips_that_lack_a_stream_are_named_and_the_others_in_line(runs, tmp_path, capsys):
     encoder = common.load_encoder(runs["cls"])
     for n, has in enumerate(("av", "v", "a", "av", "av", "a")):

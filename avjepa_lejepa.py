@@ -94,7 +94,7 @@ RECIPE = {
     "projector":    ((2048, 2048, 128), (512, 512, 16), "code: BatchNorm and GELU between the layers"),
     "lam":          (0.05,        0.05,           "code"),
     "slices":       (2048,        512,            "code"),
-    "batch_size":   (320,         64,             "digest: global, on 8 H200"),
+    "batch_size":   (320,         48,             "digest: global, on 8 H200"),
     "epochs":       (57,          None,           "page: AudioSet-2M (VGGSound: 50)"),
     "steps":        (None,        400,            "by the epochs"),
     "lr":           (5e-4,        2e-3,           "code"),

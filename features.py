@@ -151,17 +151,17 @@ class TrainingViews(Dataset):
 
 
 class RawInput(nn.Module):
-    """The input itself as an embedding, average-pooled: mel to (16, 25), video to (4, 16, 16) and 3 colours.
+    """The input itself as an embedding, average-pooled: mel to (16, 25), video to (4, 8, 8) and 3 colours.
     What a linear probe reads off it needed no encoder."""
     def __init__(self, modality="av"):
         super().__init__()
-        sizes = {"video": 4 * 16 * 16 * 3, "audio": 16 * 25}
+        sizes = {"video": 4 * 8 * 8 * 3, "audio": 16 * 25}
         self.dim = sum(sizes[key] for key in MODALITIES[modality])
 
     def forward(self, video=None, audio=None):
         parts = []
         if video is not None:                           # on the CPU: MPS lacks the two
-            parts.append(F.adaptive_avg_pool3d(video.cpu(), (4, 16, 16)).flatten(1))
+            parts.append(F.adaptive_avg_pool3d(video.cpu(), (4, 8, 8)).flatten(1))
         if audio is not None:
             parts.append(F.adaptive_avg_pool2d(audio.cpu(), (16, 25)).flatten(1))
         return None, torch.cat(parts, 1)

@@ -4,6 +4,7 @@ measures. Small modules and pure functions, each piece to be copied; probe.py us
 A head takes (tokens (B, N, D), embedding (B, D)), of which it may leave one alone, and gives scores (B, C),
 in float32 also under autocast.
 """
+import copy
 import functools
 import warnings
 
@@ -245,36 +246,39 @@ class OnlineProbe:
 STRENGTHS = (1.0, 10.0, 100.0, 1e3)                      # C of the regression that are tried
 
 
-def regression(x, y, classes, C):
-    """Logistic regression by scikit-learn on standardised features: x (N, D), class indices y (N,) -> the
-    LinearHead that computes it. C: the inverse of the strength of its regularisation, for features that are
-    scaled to a mean square norm of 1. A class without clips in y is never said."""
-    head = LinearHead(x.shape[1], classes, standardised=True)
+def regressions(x, y, classes, strengths=STRENGTHS):
+    """Logistic regressions by scikit-learn on standardised features: x (N, D), class indices y (N,) -> for
+    each strength the LinearHead that computes it. Strengths are C, the inverse of the regularisation, for
+    features that are scaled to a mean square norm of 1. A class without clips in y is never said."""
+    head = LinearHead(x.shape[1], classes, standardised=True).eval()
     head.norm.running_mean = x.mean(0)
     head.norm.running_var = x.var(0, correction=0)
-    head.eval()
     said = y.unique()
     with torch.no_grad():
         head.linear.bias.fill_(-1e4)
         head.linear.bias[said] = 0.0
     if len(said) == 1:
-        return head
+        return [head for _ in strengths]
     z = head.norm(x)
     basis = None
     if 4 * len(x) < x.shape[1]:     # the solution lies in the span of the clips: the same in fewer dimensions
         u, s, basis = torch.linalg.svd(z, full_matrices=False)
         z = u * s                                                       # (N, N)
-    model = LogisticRegression(C=C / x.shape[1], max_iter=1000, tol=1e-4)      # at 1e-3 the toy is off by 2
-    with warnings.catch_warnings(), threadpool_limits(1):               # two that wait for each other crawl
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(z.numpy(), y.numpy())
-    weight = torch.from_numpy(model.coef_).float()                      # (C, D); of two classes (1, D)
-    weight = weight if basis is None else weight @ basis
-    bias = torch.from_numpy(model.intercept_).float()
-    if len(weight) == 1:
-        weight = torch.cat([-weight / 2, weight / 2])
-        bias = torch.cat([-bias / 2, bias / 2])
-    with torch.no_grad():
-        head.linear.weight[said] = weight
-        head.linear.bias[said] = bias
-    return head
+    # each begins where the one before ended; at a tolerance of 1e-3 the toy is off by 2
+    model = LogisticRegression(max_iter=1000, tol=1e-4, warm_start=True)
+    found = []
+    for C in strengths:
+        with warnings.catch_warnings(), threadpool_limits(1):           # two that wait for each other crawl
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.set_params(C=C / x.shape[1]).fit(z.numpy(), y.numpy())
+        weight = torch.from_numpy(model.coef_).float()                  # (C, D); of two classes (1, D)
+        weight = weight if basis is None else weight @ basis
+        bias = torch.from_numpy(model.intercept_).float()
+        if len(weight) == 1:
+            weight = torch.cat([-weight / 2, weight / 2])
+            bias = torch.cat([-bias / 2, bias / 2])
+        found.append(copy.deepcopy(head))
+        with torch.no_grad():
+            found[-1].linear.weight[said] = weight
+            found[-1].linear.bias[said] = bias
+    return found

@@ -428,17 +428,19 @@ def measure_test(scores, targets):
 def fit_regression(x, y, classes, inner, held, again=True, average="probabilities"):
     """The regression of features x (N, V, D) and class indices y (N,) on the clips `inner`, at the strength
     that is best on `held`, and then `again` on all: (head, dict(C, held_out)). average: over the views."""
-    def fit(clips, C):
-        return kinds.regression(x[clips].flatten(0, 1), y[clips].repeat_interleave(x.shape[1]), classes, C)
+    def fit(clips, strengths):
+        flat = x[clips].flatten(0, 1)                                   # (clips views, D)
+        return kinds.regressions(flat, y[clips].repeat_interleave(x.shape[1]), classes, strengths)
 
+    heads = fit(inner, kinds.STRENGTHS)
     values = []
-    for C in kinds.STRENGTHS:
-        scores = fit(inner, C)(None, x[held].flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
+    for head in heads:
+        scores = head(None, x[held].flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
         values.append(measure_held_out(kinds.average(scores, False, average), y[held]))
     best = int(np.argmax(values))
-    clips = np.concatenate([inner, held]) if again else inner
     C = kinds.STRENGTHS[best]
-    return fit(clips, C), {"lr": None, "C": C, "held_out": values[best]}
+    head = fit(np.concatenate([inner, held]), [C])[0] if again else heads[best]
+    return head, {"lr": None, "C": C, "held_out": values[best]}
 
 
 def fit_kept(protocol, source, listing, inner, held):

@@ -550,6 +550,7 @@ class Run:
         self.rank = self.process.rank
         self.world = self.process.world
         self.workers = default_workers(self.process) if args.workers is None else args.workers
+        self.threads = torch.get_num_threads()
         if self.device.type == "cpu" and recipe["size"] in ("nano", "toy"):
             torch.set_num_threads(1)                   # small operations, and the other cores decode
 
@@ -1038,6 +1039,7 @@ class Run:
             replace_file(self.out / "curves.png", lambda file: draw_curves(file, rows, title))
             self.say(f"trained {self.total:,} steps: {self.out}/latest.pt, log.jsonl, curves.png")
             if self.made:
+                torch.set_num_threads(self.threads)
                 report(self.out, self.args.data_dir, self.process, self.workers, self.args.data)
         except OSError as e:
             raise UserError(f"{e.filename or self.out}: curves.png or results.json cannot be written "

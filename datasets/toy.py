@@ -21,7 +21,7 @@ from datasets.batches import Loader
 from datasets.listing import list_found
 from datasets.reader import reason_of
 
-TOY = dict(train=1536, test=256, seconds=4.0, fps=10, side=64, sample_rate=16000, seed=0, version=1)
+TOY = dict(train=1536, test=256, seconds=4.0, fps=10, side=64, sample_rate=16000, seed=0, version=2)
 TOY_CLASSES = ("red odd", "orange saw", "green octaves", "teal bell",
                "blue tremolo", "violet hollow", "pink breath", "lime formant")
 TOY_HUES = (0.0, 0.09, 0.36, 0.48, 0.62, 0.74, 0.87, 0.22)
@@ -29,6 +29,7 @@ TREMOLO = 4                                                     # the class whos
 BREATH = 6                                                      # ... and the one whose notes hiss
 CODING = {"preset": "veryfast", "tune": "fastdecode", "crf": "20",
           "x264-params": "mbtree=0"}                            # mbtree is not repeatable
+FAST = {"aac_coder": "fast"}                            # AAC in a third of the time, with 1 dB more noise
 
 
 def toy_folder():
@@ -197,7 +198,7 @@ def write_clip(path, frames=None, wave=None, fps=12, sample_rate=16000, bit_rate
         if wave is not None:
             wave = np.atleast_2d(wave).astype(np.float32)
             layout = "mono" if len(wave) == 1 else "stereo"
-            audio = container.add_stream("aac", rate=sample_rate, layout=layout)
+            audio = container.add_stream("aac", rate=sample_rate, layout=layout, options=FAST)
             audio.bit_rate = bit_rate
         if frames is not None:                              # both streams are there before the first packet
             for picture in frames:

@@ -173,7 +173,7 @@ def test_the_regression_has_the_scores_of_scikit_learn_s_on_standardised_feature
     x = 3 * random(clips, dim) + 2
     y = torch.arange(clips) % classes
     x[:, :classes] += one_hot(y, classes)
-    head = heads.regression(x, y, classes, 10.0)
+    head = heads.regressions(x, y, classes, [10.0])[0]
     scaler = StandardScaler().fit(x.numpy())
     model = LogisticRegression(C=10.0 / dim, max_iter=1000, tol=1e-8)
     model.fit(scaler.transform(x.numpy()), y.numpy())
@@ -184,10 +184,10 @@ def test_the_regression_has_the_scores_of_scikit_learn_s_on_standardised_feature
 
 def test_a_class_without_training_clips_is_never_said():
     x = random(60, 5)
-    head = heads.regression(x, 2 * (torch.arange(60) % 2) + 1, 4, 1.0)     # classes 1 and 3
+    head = heads.regressions(x, 2 * (torch.arange(60) % 2) + 1, 4, [1.0])[0]     # classes 1 and 3
     scores = head(None, random(50, 5, seed=1))
     assert set(scores.argmax(1).tolist()) == {1, 3} and torch.isfinite(scores).all()
-    alone = heads.regression(x, torch.full((60,), 2), 4, 1.0)
+    alone = heads.regressions(x, torch.full((60,), 2), 4, [1.0])[0]
     assert set(alone(None, x).argmax(1).tolist()) == {2}
 
 

@@ -949,7 +949,7 @@ def probe_checkpoint(args, process, workers):
 
 def main(argv=None):
     args = get_args(argv)
-    process = run.start_process(args.device)
+    process = run.start_process(args.device, args.bf16)
     if process.world > 1:
         raise UserError("probe.py runs in one process; start it without torchrun")
     workers = run.default_workers(process) if args.workers is None else args.workers

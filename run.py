@@ -146,17 +146,20 @@ def computes_bf16(device):
     return device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def start_process(device="auto"):
-    """Pick the device, and join the process group if torchrun started us."""
+def start_process(device="auto", bf16=None):
+    """Pick the device, and join the process group if torchrun started us. bf16: None where the device
+    computes in it."""
     device = choose_device(device)
+    if bf16 is None:
+        bf16 = computes_bf16(device)
     if "RANK" in os.environ and not dist.is_initialized():
         # rank 0 alone writes the toy clips and the statistics of the mel: the others wait, maybe longer than
         # NCCL's 10 minutes
         backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(timeout=datetime.timedelta(minutes=30), **backend)
     if not dist.is_initialized():
-        return Process(device, bf16=computes_bf16(device))
-    return Process(device, dist.get_rank(), dist.get_world_size(), computes_bf16(device))
+        return Process(device, bf16=bf16)
+    return Process(device, dist.get_rank(), dist.get_world_size(), bf16)
 
 
 def default_workers(process):
@@ -545,7 +548,7 @@ class Run:
         self.args = args
         self.recipe = recipe
         self.out = Path(args.out)
-        self.process = start_process(args.device)
+        self.process = start_process(args.device, args.bf16)
         self.device = self.process.device
         self.rank = self.process.rank
         self.world = self.process.world
@@ -1070,10 +1073,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def flag_groups(parser):
     """The add_argument of the groups of --help, in the order of all scripts: data, run, method, machine. The
-    last has its --device and --workers."""
+    last has its --device, --bf16 and --workers."""
     names = ("data", "run", "method", "machine")
     groups = [parser.add_argument_group(name).add_argument for name in names]
     groups[-1]("--device", default="auto", help="auto, cpu, mps or cuda")
+    groups[-1]("--bf16", action=argparse.BooleanOptionalAction,
+        help="matrix products in bf16 (default: where the device computes in it)")
     groups[-1]("--workers", type=int, help="processes that decode (default: by the cores)")
     return groups
 

@@ -82,6 +82,22 @@ def test_sigreg_is_float32_and_the_same_under_bf16_autocast():
     torch.testing.assert_close(torch.autograd.grad(cast, z), torch.autograd.grad(plain, z))
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_projector_computes_in_float32_under_bf16_autocast_and_so_does_its_gradient(norm):
+    projector = common.mlp(8, (16, 4), norm)
+    x = random(32, 8).requires_grad_()
+    plain = projector(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = projector(x)
+        half = projector(x.bfloat16())
+    assert cast.dtype == half.dtype == torch.float32 and torch.equal(cast, plain)
+    assert torch.equal(half, projector(x.bfloat16().float()))
+    ways = random(32, 4, seed=1)
+    parameters = [x, *projector.parameters()]
+    for one, other in zip(*(torch.autograd.grad((y * ways).sum(), parameters) for y in (cast, plain))):
+        assert torch.equal(one, other)
+
+
 # ---- The encoder; its tokens and sincos positions: test_papers.py ---------------------------------
 
 @pytest.mark.parametrize("kind", ["factorised", "sincos"])

@@ -588,7 +588,7 @@ def test_a_finished_run_is_made_longer_by_the_schedules_of_the_new_length_and_no
 def test_a_run_goes_on_in_other_micro_batches_as_if_it_had_not_changed(
         toy, quick, method, tmp_path, monkeypatch):
     """In float32. The running mean, too, weighs all clips alike."""
-    monkeypatch.setattr(run, "start_process", lambda device: CPU)
+    monkeypatch.setattr(run, "start_process", lambda device, bf16: CPU)
     one = tmp_path / "one"
     two = tmp_path / "two"
     method.script.main(flags_of(toy, one, "--keep-every 2"))
@@ -758,7 +758,7 @@ def train_all(rank, folder):
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         plain_projector(patch)
-        patch.setattr(run, "start_process", lambda device: run.Process(torch.device("cpu"), rank, 2))
+        patch.setattr(run, "start_process", lambda device, bf16: run.Process(torch.device("cpu"), rank, 2))
         patch.setattr(run, "draw_curves", lambda *_: None)
         patch.setattr(data.Clips, "item", read)
         patch.setattr(run.Run, "finish", lambda self, report: ended.append(self.unwrapped))
@@ -791,7 +791,7 @@ def test_two_processes_are_one_on_the_joined_batch_in_loss_and_gradient(
     assert same(a["weights"], b["weights"])
     saved = weights(ranks / name)
     assert all(torch.equal(saved["model"][key], p) for key, p in a["weights"].items())
-    monkeypatch.setattr(run, "start_process", lambda device: CPU)
+    monkeypatch.setattr(run, "start_process", lambda device, bf16: CPU)
     plain_projector(monkeypatch)
     other, = run.read_log(ranks / name)
     for accumulate in (1, 2, 4) if method.masked else (1,):

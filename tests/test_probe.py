@@ -489,7 +489,7 @@ def saved(run_folder, name, folder, out, *more):
 @pytest.mark.parametrize("layers", [None, [3, 1]])
 def test_features_equal_what_the_layers_of_the_encoder_say_of_each_clip(
         layers, ears, tones, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "start_process", lambda device: CPU)                       # without bf16
+    monkeypatch.setattr(run, "start_process", lambda device, bf16: CPU)                       # without bf16
     folder = shutil.copytree(tones / "test" / "low", tmp_path / "sounds")
     (folder / "2.wav").rename(folder / "ü.wav")
     more = ["--layers", *layers] if layers else []

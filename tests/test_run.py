@@ -961,8 +961,17 @@ def test_a_process_of_torchrun_touches_no_gpu_but_its_own(monkeypatch):
     assert process.device == own and process.bf16
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_is_where_the_device_computes_in_it_or_as_the_flag_says(has, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "computes_bf16", lambda device: has)
+    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+    for number, (flags, on) in enumerate({(): has, ("--bf16",): True, ("--no-bf16",): False}.items()):
+        train(tmp_path / str(number), *flags, "--steps", 1)
+        assert ("1 x cpu bf16 ->" in capsys.readouterr().out) == on
+
+
 @pytest.mark.parametrize("bf16", [True, False])
-def test_autocast_is_bf16_where_the_device_computes_in_it(bf16):
+def test_autocast_is_bf16_where_a_process_has_it(bf16):
     with Process(torch.device("cpu"), bf16=bf16).autocast():
         assert torch.is_autocast_enabled("cpu") == bf16 and torch.get_autocast_dtype("cpu") == torch.bfloat16
 

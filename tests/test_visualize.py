@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
 def figures(monkeypatch):
     """The figures that are saved, in their order; their files stay empty. In float32 on every machine."""
     caught = []
-    monkeypatch.setattr(run, "start_process", lambda device: CPU)
+    monkeypatch.setattr(run, "start_process", lambda device, bf16: CPU)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **how: caught.append(self))
     return caught
 

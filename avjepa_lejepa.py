@@ -84,7 +84,7 @@ RECIPE = {
     "tubelet":      ((2, 16, 16), (2, 16, 16),    "code: 8 x 14 x 14 = 1,568 video tokens (page)"),
     "n_mels":       (128,         64,             "code: 16 kHz, n_fft 400, Hamming 400, dB"),
     "hop":          (160,         320,            "code: samples from one mel frame to the next"),
-    "mel_patch":    ((16, 16),    (16, 16),       "code: 128 x 801 -> 8 x 50 = 400 audio tokens (page)"),
+    "mel_patch":    ((16, 16),    (32, 16),       "code: 128 x 801 -> 8 x 50 = 400 audio tokens (page)"),
     # differs (toy): LeVJEPA's (arXiv 2608.27395), a random few of each view's video tokens
     "keep":         (1.0,         0.25,           "share of the video tokens that training runs: all"),
     # differs (toy): LeAVJEPA's

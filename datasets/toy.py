@@ -27,7 +27,7 @@ TOY_CLASSES = ("red odd", "orange saw", "green octaves", "teal bell",
 TOY_HUES = (0.0, 0.09, 0.36, 0.48, 0.62, 0.74, 0.87, 0.22)
 TREMOLO = 4                                                     # the class whose notes tremble ...
 BREATH = 6                                                      # ... and the one whose notes hiss
-CODING = {"preset": "veryfast", "tune": "fastdecode", "crf": "20",
+CODING = {"preset": "ultrafast", "tune": "fastdecode", "crf": "20",
           "x264-params": "mbtree=0"}                            # mbtree is not repeatable
 FAST = {"aac_coder": "fast"}                            # AAC in a third of the time, with 1 dB more noise
 
@@ -165,7 +165,8 @@ def play(rng, label, pitch, onsets):
         frequencies = pitch * ratios * 2 ** rng.normal(0, 0.01)
         audible = frequencies < 0.45 * rate
         phases = rng.uniform(0, 2 * np.pi, (audible.sum(), 1))
-        partials = np.sin(2 * np.pi * frequencies[audible, None] * s + phases)           # (partials, samples)
+        angles = 2 * np.pi * frequencies[audible, None] * s + phases                     # (partials, samples)
+        partials = np.sin(angles.astype(np.float32))        # twice as fast
         note = (gains[audible, None] * partials).sum(0)
         if label == TREMOLO:
             note = note * (1 + 0.9 * np.sin(2 * np.pi * 14 * s))

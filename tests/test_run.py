@@ -209,10 +209,15 @@ def test_a_clip_has_the_same_mask_in_any_number_of_processes_and_micro_batches(r
     assert masks(ranks[0]["given"] + ranks[1]["given"]) == whole and len(set(whole)) == 4 * 8
 
 
+def probed(out):
+    """The online probe's values in a run's log."""
+    return [row["probe/audio"] for row in run.read_log(out)]
+
+
 def test_the_online_probe_of_two_processes_with_two_micro_batches_is_that_of_one(ranks, tmp_path):
     train(tmp_path, "--online-probe", classes=2)
     folders = tmp_path / "run", Path(ranks[0]["folder"]) / "probed" / "run"
-    one, two = ([row["probe/audio"] for row in run.read_log(folder)] for folder in folders)
+    one, two = map(probed, folders)
     assert one == two and len(set(one)) > 1
     one, two = (weights(folder)["online_probe"]["heads"] for folder in folders)
     torch.testing.assert_close(one, two)
@@ -282,7 +287,7 @@ def test_a_stopped_run_s_online_probe_goes_on_bit_for_bit_or_where_the_checkpoin
         train(tmp_path / name, *flags, classes=4)
     whole, stopped, without = (tmp_path / name / "run" for name in ("whole", "stopped", "without"))
     assert same(weights(whole)["online_probe"], weights(stopped)["online_probe"])
-    one, two, three = ([row["probe/audio"] for row in run.read_log(out)] for out in (whole, stopped, without))
+    one, two, three = map(probed, (whole, stopped, without))
     assert one == two and one[0] > 0 == three[0]               # before its first step a head says nothing
     assert "other classes; give --no-online-probe" in fails(train, tmp_path / "stopped", *flags, classes=5)
 

@@ -20,7 +20,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import functools
-import math
 
 import common
 import data
@@ -215,7 +214,7 @@ class AVJEPA(nn.Module):
         every = self.encoder.absent == "zero"
         pictures = self.encoder.num("video") if video or every else 0
         sounds = self.encoder.num("audio") if audio or every else 0
-        kept = math.ceil(self.keep * pictures)
+        kept = round(self.keep * pictures) or min(1, pictures)
         drawn = torch.rand(batch, pictures, device=device).argsort(1)[:, :kept]         # (B, kept)
         sound = torch.arange(pictures, pictures + sounds, device=device)
         return torch.cat([drawn, sound.expand(batch, -1)], 1)

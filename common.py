@@ -277,8 +277,8 @@ class ViT(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Layers in float32, also under autocast. In bf16 the gradient of AV-JEPA's projector, and with it the
-    whole encoder's, is off by 7 % at the start and by 2 % at the end, in float32 by 1 % (RESULTS.md)."""
+    """Layers in float32, also under autocast: in bf16 AV-JEPA's projector puts the gradient of all weights
+    off by 7 % at the start of a run, in float32 by 1.4 % (RESULTS.md)."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())

@@ -239,7 +239,9 @@ class OnlineProbe:
             if not finite or shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
                 raise ValueError("moments")
         for name, (scores, targets) in state["scored"].items():
-            measure(scores.expand(-1, self.heads[name].linear.out_features), targets)       # raises, too
+            if scores.shape != (len(targets), self.heads[name].linear.out_features):
+                raise ValueError("scores")
+            measure(scores, targets)                    # raises, too
             self.scored[name].append((scores, targets))
 
 

@@ -73,7 +73,7 @@ RECIPE = {
     "columns":       (1024,         192,          "A-JEPA: 10 s are 1,001 frames, padded to 1,024"),
     "std_floor":     (0.1,          0.1,          "A-JEPA"),
     "stats_clips":   (10000,        512,          "A-JEPA: clips for mean and std of the mel"),
-    "mel_patch":     ((16, 16),     (16, 16),     "A-JEPA: 8 x 64 = 512 tokens (toy: 4 x 12 = 48)"),
+    "mel_patch":     ((16, 16),     (32, 16),     "A-JEPA: 8 x 64 = 512 tokens (toy: 2 x 12 = 24)"),
     "positions":     ("factorised", "factorised", ""),    # unspecified: learned; V-JEPA 2 has rotary ones
     "video_blocks":  (((8, 0.15), (2, 0.7)), ((8, 0.15), (2, 0.7)),
                       "V-JEPA 2: a mask set each: how many, of which area"),

@@ -163,11 +163,11 @@ def start_process(device="auto", bf16=None):
 
 
 def default_workers(process):
-    """Processes that decode: half of the cores for training on a CPU, most of them beside a GPU, at most 16 a
-    process."""
+    """Processes that decode: half of the cores for training on a CPU, of two both, and most of them beside a
+    GPU; at most 16 a process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = cores // 2 if process.device.type == "cpu" else cores - local
+    free = max(min(cores, 2), cores // 2) if process.device.type == "cpu" else cores - local
     return max(1, min(16, free // local))
 
 
@@ -351,14 +351,13 @@ def add_row(ckpt, name, row):
 
 
 def each_checkpoint(args):
-    """The flags with each --ckpt in turn, a file that is given twice once. All are read before the first is
+    """The flags with each --ckpt in turn, each step of a folder once. All are read before the first is
     evaluated: a typo at the end costs nothing."""
     paths = {}
     for path in args.ckpt:
-        paths.setdefault(os.path.realpath(common.checkpoint_file(path)), path)
-    if len(paths) > 1:
-        for path in paths.values():
-            common.load_checkpoint(path)
+        folder = os.path.realpath(common.checkpoint_file(path).parent)
+        step = common.load_checkpoint(path)["step"] if len(args.ckpt) > 1 else None
+        paths.setdefault((folder, step), path)
     for path in paths.values():
         yield argparse.Namespace(**{**vars(args), "ckpt": path})
 
@@ -391,7 +390,7 @@ def load_probe(probe, state, path):
         probe.load_state_dict(state)
     except Exception:                                  # a dict can be wrong in many ways
         raise UserError(f"{path}: the state of its online probe is damaged, or of other classes; give "
-                        "--no-online-probe, another --out, or --fresh") from None
+                        "--no-online-probe to go on without, or another --out, or --fresh") from None
 
 
 def check_moments(optimizer, step, path):
@@ -737,22 +736,15 @@ class Run:
             self.say(f"going on at step {self.start:,} of {self.total:,}{longer}")
 
     def open_log(self):
-        """Drop the rows and the kept checkpoints after the step that the run goes on from, and the results
-        of a run that this one writes over."""
+        """Read the rows of the steps before the one that the run goes on from."""
         share = self.recipe.get("warmup", 0)
         self.warmup = share if share >= 1 else share * self.total
         self.rows = []
         self.alarmed = {}                              # {alarm: the step at which it last was}
         if self.process.main:
             self.rows = [row for row in read_log(self.out) if row["step"] < self.start]
-            text = "".join(json.dumps(row) + "\n" for row in self.rows)
-            later = [file for step, file in step_files(self.out).items() if step > self.start]
-            try:
-                for file in (self.out / "results.json", *later):
-                    file.unlink(missing_ok=True)
-                replace_file(self.out / "log.jsonl", lambda file: file.write(text.encode()))
-            except OSError as e:
-                self.error = f"{self.out}/log.jsonl: cannot be written ({e.strerror})"
+        self.before = list(self.rows)                  # what stays of a log that lies there
+        self.stale = self.saved is None and os.path.exists(self.out / "latest.pt")      # another run's
         if self.rows:
             self.alarmed = dict.fromkeys(alarms(self.rows, self.warmup), self.start)
             self.troubles.go_on(self.rows[-1])
@@ -760,6 +752,19 @@ class Run:
         self.logged = self.start
         self.began = time.time()
         self.waited = 0.0                              # seconds for clips and masks since the last row
+
+    def take_over(self):
+        """Drop what lies in the folder of steps after the one that this run has begun at: once a step is
+        done, so that a run which cannot begin leaves all of another one. Raises OSError."""
+        if self.before is None:
+            return
+        text = "".join(json.dumps(row) + "\n" for row in self.before)
+        replace_file(self.out / "log.jsonl", lambda file: file.write(text.encode()))
+        (self.out / "results.json").unlink(missing_ok=True)
+        for step, file in step_files(self.out).items():
+            if step > self.start:
+                file.unlink(missing_ok=True)
+        self.before = None
 
     # -- in the loop ---------------------------------------------------------------------------------------
 
@@ -975,6 +980,7 @@ class Run:
     def write(self, row):
         step = row["step"]
         try:
+            self.take_over()
             append_row(self.out / "log.jsonl", row)
         except OSError as e:
             self.error = f"{self.out}/log.jsonl: cannot be written ({e.strerror})"
@@ -989,10 +995,11 @@ class Run:
             self.alarmed[name] = step
 
     def save(self, step):
-        """A checkpoint at each interval of the two and at the end."""
+        """A checkpoint at each interval of the two, at the end, and over another run's at once."""
         self.done = step + 1
-        if self.done % self.args.save_every == 0 or self.stays() or self.done == self.total:
+        if self.done % self.args.save_every == 0 or self.stays() or self.stale or self.done == self.total:
             self.keep()
+            self.stale = False
 
     def stays(self):
         """Whether --keep-every wants the checkpoint of the last complete step to stay."""
@@ -1001,7 +1008,7 @@ class Run:
     def keep(self):
         """Write the checkpoint of the last complete step, unless it is there; what hinders it is kept for
         `ends`."""
-        if not self.process.main or self.done in (0, self.saved):
+        if not self.process.main or self.done in (self.start, self.saved):
             return
         model = self.unwrapped.state_dict()
         if not all(x.isfinite().all() for x in model.values()):
@@ -1016,7 +1023,9 @@ class Run:
             content["online_probe"] = self.online.state_dict()
         # the one that stays first: a run that goes on from latest.pt has it
         names = [step_file(self.done), "latest.pt"] if self.stays() else ["latest.pt"]
+        name = "log.jsonl"
         try:
+            self.take_over()
             for name in names:
                 replace_file(self.out / name, lambda f: write_tensors(content, f))
             self.saved = self.done
@@ -1096,7 +1105,7 @@ def make_parser(doc, name):
     add_run("--out", help=f"folder of the run (default: runs/{name}-DATA-seedSEED)")
     add_run("--seed", type=int, default=0, help="of initial weights, order, views and masks")
     add_run("--steps", type=int, help="optimiser steps, instead of --epochs; more than before make a "
-        "finished run longer (default: the recipe's)")
+        "run longer (default: the recipe's)")
     add_run("--epochs", type=float, help="passes over the data (default: the recipe's)")
     add_run("--batch-size", type=int, help="clips a step, over all processes (default: the recipe's)")
     add_run("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")

@@ -964,6 +964,7 @@ def map_clips(args, encoder, process, workers):
 # ----------------------------------------------------------------------------------------------------------
 
 SCORE = {"data", "probe", "head", "modality", "tested", "metric", "value"}  # what says what a probe measured
+SETTINGS = ("clips", "layers", "encoder", "regularised_masking")            # and how, if not as usual
 
 
 def scores(row):
@@ -975,20 +976,25 @@ def scores(row):
     if SCORE <= row.keys():
         alone = row["tested"] == row["modality"]
         tested = row["tested"] if alone else f"{row['tested']} of {row['modality']}"
-        found[f"{row['probe']} {row['head']}: {tested}, {row['data']}, {row['metric']}, %"] = row["value"]
+        others = [f"{key} {row[key]}, " for key in SETTINGS if row.get(key)]
+        name = f"{row['probe']} {row['head']}: {tested}, {row['data']}, {''.join(others)}{row['metric']}, %"
+        found[name] = row["value"]
     for way in retrieval.WAYS:
         if isinstance(row.get(way), dict):
-            found[f"retrieval: {way}, {row.get('data')}, R@10 of {row.get('N')}, %"] = row[way].get("R@10")
+            searched = f"{row.get('data')}, {row.get('embedding')}, R@10 of {row.get('N')}"
+            found[f"retrieval: {way}, {searched}, %"] = row[way].get("R@10")
     return found
 
 
-def evaluations(folder):
+def evaluations(folder, steps):
     """What probes and retrieval have found of a run's checkpoints, as rows of a log by their steps; of
-    several values of the same step and measure the last counts."""
+    several values of the same step and measure the last counts. steps: how many the run has; what lies
+    beyond is of a run before."""
     points = {}
     for name in ("probe.jsonl", "retrieval.jsonl"):
         for row in run.read_rows(Path(folder) / name, scores):
-            points.setdefault(row["step"], {}).update(row)
+            if row["step"] <= steps:
+                points.setdefault(row["step"], {}).update(row)
     return [points[step] for step in sorted(points)]
 
 
@@ -1005,7 +1011,7 @@ def curves(args):
             content = common.load_checkpoint(folder)
             label = f"{content['method']['title']}, {content['args']['data']}, {label}"
         columns.update(rows[-1])
-        runs[label] = rows + evaluations(folder)
+        runs[label] = rows + evaluations(folder, rows[-1]["step"] + 1)
     heading = f"{len(runs)} runs" if len(runs) > 1 else list(runs)[0]
     if any(column.startswith("know_nothing") for column in columns):
         heading += "; thin and dotted: the loss of a predictor that knows nothing"

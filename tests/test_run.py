@@ -51,7 +51,7 @@ class Little(nn.Module):
         loss = weight * self.slope.square().sum()
         if "audio" in batch:
             loss = loss + batch["audio"].sum()
-        return loss, {"loss/a": loss.detach(), "clip/audio": random(16, 64)[batch["index"]]}
+        return loss, {"loss/a": loss.detach(), "clip/audio": random(24, 64)[batch["index"]]}
 
 
 def numbers(clips, order, workers, pin, ahead, at=None, then=None):
@@ -312,33 +312,52 @@ def test_a_copy_of_the_checkpoint_stays_at_each_nth_step_whatever_save_every_is(
     assert same(content["model"], weights(tmp_path / "stops" / "run" / "step-000004.pt")["model"])
 
 
-@pytest.mark.parametrize("words, left", [
-    ([], {2, 4, 6}), (["--fresh"], set()), (["--resume", "step-000004.pt"], {2, 4}),
-    (["--resume", "step-000002.pt"], {2})])
-def test_a_run_begins_by_taking_away_what_a_run_before_kept_of_later_steps_than_it_starts_at(
-        tmp_path, monkeypatch, capsys, no_curves, words, left):
+@pytest.mark.parametrize("words, start, left", [
+    (["--steps", 9], 7, {2, 4, 6}), (["--fresh"], 0, set()), (["--resume", "step-000004.pt"], 4, {2, 4}),
+    (["--resume", "step-000002.pt"], 2, {2})])
+def test_what_a_run_before_kept_of_later_steps_goes_once_a_step_is_done_and_not_where_none_can_be(
+        tmp_path, monkeypatch, no_curves, words, start, left):
     train(tmp_path, "--keep-every", 2, "--steps", 7)
-    others = [tmp_path / "run" / name for name in ("step-9.pt", "step-best.pt", "0step-000009.pt")]
-    for file in (*others, tmp_path / "run" / "step-000008.pt"):
+    out = tmp_path / "run"
+    others = [out / name for name in ("step-9.pt", "step-best.pt", "0step-000009.pt")]
+    for file in (*others, out / "step-000008.pt"):
         file.touch()
-    where = [tmp_path / "run" / word if word.endswith(".pt") else word for word in words]
+    log = (out / "log.jsonl").read_bytes()
+    where = [out / word if str(word).endswith(".pt") else word for word in ["--steps", 7, *words]]
     now = functools.partial(numbers, at=0, then=functools.partial(signal.raise_signal, signal.SIGTERM))
     with monkeypatch.context() as patch:                       # while the first clips are waited for
         patch.setattr(data, "train_loader", now)
-        train(tmp_path, "--steps", 7, *where)
-    assert {step for step in range(9) if (tmp_path / "run" / run.step_file(step)).exists()} == left
+        train(tmp_path, *where)
+    assert {step for step in range(9) if (out / run.step_file(step)).exists()} == {2, 4, 6, 8}
+    assert (out / "log.jsonl").read_bytes() == log and weights(out)["step"] == 7
+    train(tmp_path, *where, interrupt=start + 1)
+    assert {step for step in range(9) if (out / run.step_file(step)).exists()} == left
     assert all(file.exists() for file in others)
-    said = capsys.readouterr().out
-    if where[1:]:                                              # from that step on it is latest.pt's
-        start = max(left)
-        assert weights(tmp_path / "run")["step"] == start
-        assert f"latest.pt holds step {start} of 7, and the same command without --resume goes on" in said
+    assert weights(out)["step"] == start + 1
+    assert [row["step"] for row in run.read_log(out)] == list(range(start + 1))
+    if start in (2, 4):
         for file in others:
             file.unlink()
         train(tmp_path, "--steps", 7, "--keep-every", 2)
         train(tmp_path / "whole", "--steps", 7)
-        assert same(weights(tmp_path / "run")["model"], weights(tmp_path / "whole" / "run")["model"])
+        assert same(weights(out)["model"], weights(tmp_path / "whole" / "run")["model"])
         assert set(kept(tmp_path).values()) == {2, 4, 6}
+
+
+def test_over_another_run_s_checkpoint_one_is_written_after_the_first_step(tmp_path, no_curves, monkeypatch):
+    """So that whoever is killed later does not go on from the other one."""
+    train(tmp_path, "--steps", 7)
+    saved = []
+    replace = run.replace_file
+
+    def note(path, write):
+        replace(path, write)
+        if path.name == "latest.pt":
+            saved.append(weights(path.parent)["step"])
+
+    monkeypatch.setattr(run, "replace_file", note)
+    train(tmp_path, "--fresh", "--steps", 3)
+    assert saved == [1, 3]
 
 
 def test_what_is_kept_of_earlier_steps_stays_when_a_run_goes_on_and_latest_is_never_ahead_of_it(
@@ -988,6 +1007,10 @@ def test_the_workers_share_the_cores(monkeypatch):
     assert (run.default_workers(CPU), run.default_workers(gpu)) == (4, 7)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert (run.default_workers(CPU), run.default_workers(gpu)) == (1, 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    for cores, workers in {1: 1, 2: 2, 3: 2, 6: 3}.items():
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        assert run.default_workers(CPU) == workers
 
 
 # ---- Flags ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import probe
 from common import UserError, ViT, sigreg
 from run import Run, make_parser, read_recipe, set_lr
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -144,7 +145,7 @@ def get_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Views: no masks; a local view lacks a modality
+# Views: a local view lacks a modality; no masks, unless --keep leaves tokens of the video out
 # ----------------------------------------------------------------------------------------------------------
 
 def plan_views(rng, duration, seconds, local):
@@ -168,6 +169,19 @@ def plan_views(rng, duration, seconds, local):
     return views
 
 
+def draw_masks(seed, step, places, views, tokens, keep):
+    """Which of a video's tokens run in each view: [{"v": (kept (B, views, K), left out (B, views, N - K))}],
+    N = tokens. A pure function of (seed, step, place). places: of the clips in the step's batch over all
+    processes."""
+    count = max(1, round(keep * tokens))
+    orders = []
+    for place in places:
+        rng = np.random.default_rng((seed, step, place))
+        orders.append(rng.permuted(np.tile(np.arange(tokens), (views, 1)), axis=1))
+    kept, left = torch.from_numpy(np.stack(orders)).split((count, tokens - count), 2)
+    return [{"v": (kept, left)}]
+
+
 def make_inputs(recipe):
     """What data.py prepares, by the recipe."""
     return data.Inputs(
@@ -187,8 +201,7 @@ def encoder_config(recipe, inputs, checkpoint=False):
 
 def make_model(recipe, inputs, checkpoint=False):
     config = encoder_config(recipe, inputs, checkpoint)
-    return AVJEPA(config, recipe["projector"], recipe["lam"], recipe["slices"], recipe["local"],
-                  recipe["keep"])
+    return AVJEPA(config, recipe["projector"], recipe["lam"], recipe["slices"], recipe["local"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -197,7 +210,7 @@ def make_model(recipe, inputs, checkpoint=False):
 
 class AVJEPA(nn.Module):
     """The encoder, the projector, and the loss of a batch."""
-    def __init__(self, config, widths, lam, slices, local, keep):
+    def __init__(self, config, widths, lam, slices, local):
         super().__init__()
         self.parts = dict(encoder=config, projector=widths)                # what load_encoder builds again
         self.encoder = ViT(**config)
@@ -206,22 +219,21 @@ class AVJEPA(nn.Module):
         self.lam = lam
         self.slices = slices
         self.local = local
-        self.keep = keep
 
-    def draw_tokens(self, video, audio, batch, device):
-        """The places (B, K) of the tokens that run, where views have video, audio or both: of the video's a
-        random share, other ones for each view, and all of the sound's."""
+    def visible(self, kept, video, audio):
+        """kept (B, K) of the video's tokens -> the places of all that run (B, K or more): with those of the
+        sound. None: all run. video, audio: do the views have them?"""
         every = self.encoder.absent == "zero"
-        pictures = self.encoder.num("video") if video or every else 0
+        if kept is None or not (video or every):
+            return None
+        first = self.encoder.num("video")
         sounds = self.encoder.num("audio") if audio or every else 0
-        kept = round(self.keep * pictures) or min(1, pictures)
-        drawn = torch.rand(batch, pictures, device=device).argsort(1)[:, :kept]         # (B, kept)
-        sound = torch.arange(pictures, pictures + sounds, device=device)
-        return torch.cat([drawn, sound.expand(batch, -1)], 1)
+        sound = torch.arange(first, first + sounds, device=kept.device)
+        return torch.cat([kept, sound.expand(len(kept), -1)], 1)
 
-    def embed(self, video, audio, present):
+    def embed(self, video, audio, present, kept=None):
         """CLS of each view. video (sum of the views that have it, 3, T, H, W), audio (the same, 1, F, T),
-        present (B, V, 2) -> (B, V, D). Views with the same modalities run together."""
+        present (B, V, 2), kept (B, V, K) -> (B, V, D). Views with the same modalities run together."""
         has = present.flatten(0, 1).cpu()                                       # (B V, 2)
         place = has.cumsum(0) - 1                      # a view's row in video and in audio
         rows = []
@@ -231,9 +243,9 @@ class AVJEPA(nn.Module):
             if len(group):
                 given_video = video[place[group, 0]] if v else None
                 given_audio = audio[place[group, 1]] if a else None
-                visible = self.draw_tokens(v, a, len(group), present.device) if self.keep < 1 else None
+                of_group = None if kept is None else kept.flatten(0, 1)[group]
                 rows.append(group)
-                cls.append(self.encoder(given_video, given_audio, visible)[:, 0])
+                cls.append(self.encoder(given_video, given_audio, self.visible(of_group, v, a))[:, 0])
         order = torch.cat(rows).argsort()
         return torch.cat(cls)[order].unflatten(0, present.shape[:2])
 
@@ -242,10 +254,11 @@ class AVJEPA(nn.Module):
         return self.projector(h.flatten(0, 1)).unflatten(0, h.shape[:2])
 
     def forward(self, batch, masks, weight, tick):
-        """A batch of data.collate, no masks, its weight in the mean over the step -> (loss, what the log
-        shows)."""
+        """A batch of data.collate, its masks of draw_masks or None, its weight in the mean over the step ->
+        (loss, what the log shows)."""
         # 1 context: all views through the one encoder
-        h = self.embed(batch.get("video"), batch.get("audio"), batch["present"])    # (B, V, D)
+        kept = None if masks is None else masks[0]["v"][0]                      # (B, V, K)
+        h = self.embed(batch.get("video"), batch.get("audio"), batch["present"], kept)      # (B, V, D)
         # 2 target: none, LeJEPA has no teacher; the loss pulls to the mean of the global views, with gradient
         # 3 predict: none; the projector, once on the globals and once on the locals
         z = [self.project(part) for part in (h[:, :2], h[:, 2:]) if part.shape[1]]
@@ -309,7 +322,10 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups)
     run.resume(model, optimizer)
     plan = functools.partial(plan_views, seconds=recipe["seconds"], local=args.local)
-    run.begin(model, optimizer, inputs, plan)
+    views = 2 if args.local == "none" else 4
+    draw = functools.partial(draw_masks, args.seed, places=run.places, views=views,
+                             tokens=model.encoder.num("video"), keep=recipe["keep"])
+    run.begin(model, optimizer, inputs, plan, draw if recipe["keep"] < 1 else None)
     for step in run.steps():
         lr = learning_rate(step, recipe)
         set_lr(optimizer, lr)

@@ -22,10 +22,10 @@ VIDEO = dict(shape=(4, 16, 16), patch=(2, 8, 8))
 AUDIO = dict(shape=(8, 22), patch=(4, 4))
 
 
-def small_model(lam=0.05, absent="zero", local="none", keep=1.0):
+def small_model(lam=0.05, absent="zero", local="none"):
     config = dict(size="nano", video=VIDEO, audio=AUDIO, cls=True, absent=absent, norm_in=True)
     common.seed_step(0, 0)
-    return AVJEPA(config | {"norm_out": False}, (16, 16, 4), lam, 32, local, keep)
+    return AVJEPA(config | {"norm_out": False}, (16, 16, 4), lam, 32, local)
 
 
 def batch_of(patterns):
@@ -84,44 +84,42 @@ def test_the_embedding_of_each_view_stands_at_its_place(patterns, absent):
         torch.testing.assert_close(h[b, v], model.encoder(video, audio)[0, 0], atol=1e-5, rtol=1e-4)
 
 
-PICTURES = 8                                            # tokens of VIDEO and of AUDIO
-SOUNDS = 10
-
-
-@pytest.mark.parametrize("absent", ["zero", "drop"])
-@pytest.mark.parametrize("video, audio", MODALITY[1:])
 @pytest.mark.parametrize("keep, count", [(0.01, 1), (0.25, 2), (0.3, 2), (0.32, 3), (0.99, 8)])
-def test_of_each_view_a_random_share_of_the_video_s_tokens_runs_and_all_of_the_sound_s(
-        keep, count, video, audio, absent):
-    model = small_model(absent=absent, keep=keep)
-    torch.manual_seed(0)
-    drawn = [set(row.tolist()) for row in model.draw_tokens(video, audio, 400, "cpu")]
-    pictures = set(range(PICTURES)) if video or absent == "zero" else set()
-    sounds = set(range(len(pictures), len(pictures) + SOUNDS)) if audio or absent == "zero" else set()
-    count = count if pictures else 0
-    for tokens in drawn:
-        assert len(tokens & pictures) == count and tokens - pictures == sounds
-    for token in pictures:                                                      # each as often as any other
-        share = count / PICTURES
-        spread = math.sqrt(400 * share * (1 - share))
-        assert abs(sum(token in tokens for tokens in drawn) - 400 * share) <= 4.5 * spread
+def test_of_each_view_another_random_share_of_the_video_s_tokens_is_kept_by_the_clip_s_place(keep, count):
+    (masks,) = avjepa_lejepa.draw_masks(0, 5, range(100), 4, 8, keep)
+    kept, left = masks["v"]
+    assert kept.shape == (100, 4, count) and left.shape == (100, 4, 8 - count)
+    assert torch.equal(torch.cat([kept, left], 2).sort(2).values, torch.arange(8).expand(100, 4, 8))
+    often = kept.flatten().bincount(minlength=8)                                # each as often as any other
+    share = count / 8
+    assert (often - 400 * share).abs().max() <= 4.5 * math.sqrt(400 * share * (1 - share))
+    if count < 8:
+        assert len(kept.sort(2).values.flatten(0, 1).unique(dim=0)) == math.comb(8, count)
+    (alone,) = avjepa_lejepa.draw_masks(0, 5, [7, 98], 4, 8, keep)
+    assert torch.equal(alone["v"][0], kept[[7, 98]])
+    (later,) = avjepa_lejepa.draw_masks(0, 6, range(100), 4, 8, keep)
+    assert not torch.equal(later["v"][0], kept)
 
 
 @pytest.mark.parametrize("absent", ["zero", "drop"])
-def test_the_embedding_of_a_view_is_that_of_the_tokens_which_are_drawn_and_with_all_nothing_is(
-        absent, monkeypatch):
-    model = small_model(absent=absent, keep=0.5).eval()
-    batch = batch_of([(BOTH, BOTH)] * 3)
-    drawn = model.draw_tokens(True, True, 6, "cpu")
-    monkeypatch.setattr(model, "draw_tokens", lambda *_: drawn)
-    h = embed(model, batch).flatten(0, 1)
-    for n, places in enumerate(drawn):
-        tokens = model.encoder.embed(batch["video"][n:n + 1], batch["audio"][n:n + 1])[:, places]
-        torch.testing.assert_close(h[n], model.encoder(tokens=tokens)[0, 0], atol=1e-5, rtol=1e-4)
-    whole = small_model(absent=absent)
-    before = torch.get_rng_state()
-    embed(whole, batch)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_the_embedding_of_a_view_is_that_of_its_kept_tokens_and_of_all_of_its_sound(absent):
+    """Against the encoder on the tokens of one view after the other."""
+    model = small_model(absent=absent).eval()
+    batch = batch_of(3 * [MODALITY])
+    (masks,) = avjepa_lejepa.draw_masks(0, 0, range(3), 4, 8, 0.5)
+    kept, _ = masks["v"]                                                        # (3, 4, 4)
+    h = model.embed(batch["video"], batch["audio"], batch["present"], kept)
+    videos = iter(batch["video"])
+    sounds = iter(batch["audio"])
+    for b, v in np.ndindex(3, 4):
+        has_video, has_audio = MODALITY[v]
+        video = next(videos)[None] if has_video else None
+        audio = next(sounds)[None] if has_audio else None
+        tokens = model.encoder.embed(video, audio)                              # (1, N, D)
+        pictures = 8 if has_video or absent == "zero" else 0
+        chosen = tokens[:, kept[b, v]] if pictures else tokens[:, :0]
+        tokens = torch.cat([chosen, tokens[:, pictures:]], 1)
+        torch.testing.assert_close(h[b, v], model.encoder(tokens=tokens)[0, 0], atol=1e-5, rtol=1e-4)
 
 
 # ---- loss ----------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ LEJEPA = Method(
     variants=("--local dropout", "--local joint", "--local none", "--absent drop --local modality",
               "--absent drop --local dropout", "--absent drop --local joint"),
     bad=(("--frames 3", "frames, height, width (3, 48, 48) are not divisible by the tubelet (2, 16, 16)"),
-         ("--seconds 0.1", "the mel (64, 6) is smaller than a patch (16, 16); raise --seconds"),
+         ("--seconds 0.1", "the mel (64, 6) is smaller than a patch (32, 16); raise --seconds"),
          ("--mel-mean nan", "--mel-mean nan is out of range"), ("--lam nan", "--lam nan is out of range"),
          ("--accumulate 4", "less than 2 clips for each of 1 processes x 4 micro-batches"),
          ("--data esc50 --data-dir .", "--data esc50 has no pictures; ajepa.py trains on sound alone"),
@@ -559,6 +559,7 @@ def test_without_the_online_probe_weights_and_log_are_the_same_bit_for_bit(
         assert all(row[name] == other[name] for name in other.keys() - {"ms_data", "ms_step"})
 
 
+@for_each(PAPERS)
 def test_a_finished_run_is_made_longer_by_the_schedules_of_the_new_length_and_not_shorter(
         toy, finished, quick, method, tmp_path, monkeypatch):
     out = shutil.copytree(finished[method.name], tmp_path / "run")

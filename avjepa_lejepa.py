@@ -169,7 +169,7 @@ def plan_views(rng, duration, seconds, local):
     return views
 
 
-def draw_masks(seed, step, places, views, tokens, keep):
+def draw_kept(seed, step, places, views, tokens, keep):
     """Which of a video's tokens run in each view: [{"v": (kept (B, views, K), left out (B, views, N - K))}],
     N = tokens. A pure function of (seed, step, place). places: of the clips in the step's batch over all
     processes."""
@@ -254,7 +254,7 @@ class AVJEPA(nn.Module):
         return self.projector(h.flatten(0, 1)).unflatten(0, h.shape[:2])
 
     def forward(self, batch, masks, weight, tick):
-        """A batch of data.collate, its masks of draw_masks or None, its weight in the mean over the step ->
+        """A batch of data.collate, its masks of draw_kept or None, its weight in the mean over the step ->
         (loss, what the log shows)."""
         # 1 context: all views through the one encoder
         kept = None if masks is None else masks[0]["v"][0]                      # (B, V, K)
@@ -323,7 +323,7 @@ def main(argv=None):
     run.resume(model, optimizer)
     plan = functools.partial(plan_views, seconds=recipe["seconds"], local=args.local)
     views = 2 if args.local == "none" else 4
-    draw = functools.partial(draw_masks, args.seed, places=run.places, views=views,
+    draw = functools.partial(draw_kept, args.seed, places=run.places, views=views,
                              tokens=model.encoder.num("video"), keep=recipe["keep"])
     run.begin(model, optimizer, inputs, plan, draw if recipe["keep"] < 1 else None)
     for step in run.steps():

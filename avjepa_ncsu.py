@@ -78,13 +78,13 @@ RECIPE = {
     "columns":      (192,          192,          "code: the mel is interpolated to 128 x 192"),
     "std_floor":    (1.0,          1.0,          ""),    # differs: the code does not normalise the sound
     "stats_clips":  (10000,        512,          ""),    # unspecified: mean and std of each mel bin
-    "mel_patch":    ((16, 16),     (16, 16),     "Sec. 5.5: 8 x 12 = 96 tokens (toy: 4 x 12 = 48)"),
+    "mel_patch":    ((16, 16),     (32, 16),     "Sec. 5.5: 8 x 12 = 96 tokens (toy: 2 x 12 = 24)"),
     "video_blocks": (((8, 0.15), (2, 0.7)), ((8, 0.15), (2, 0.7)),
                      "code: a mask set each: how many, their area of the frame"),
     # differs: theirs draws height over width evenly, which makes flatter blocks; here width over height
     "video_aspect": ((1 / 1.5, 1 / 0.75), (0.75, 1.5),
                      "code: .75 to 1.5, of height over width"),
-    "audio_block":  ((4, 6),       (2, 6),       "code: patches of frequency x time; as many blocks"),
+    "audio_block":  ((4, 6),       (1, 6),       "code: patches of frequency x time; as many blocks"),
     "pred_depth":   (12,           2,            "code"),
     # differs: 3 (Tiny), 6 (Small), 12 (Base)
     "pred_dim":     (384,          64,           "code; 12 heads of 32"),

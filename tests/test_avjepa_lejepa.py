@@ -86,7 +86,7 @@ def test_the_embedding_of_each_view_stands_at_its_place(patterns, absent):
 
 @pytest.mark.parametrize("keep, count", [(0.01, 1), (0.25, 2), (0.3, 2), (0.32, 3), (0.99, 8)])
 def test_of_each_view_another_random_share_of_the_video_s_tokens_is_kept_by_the_clip_s_place(keep, count):
-    (masks,) = avjepa_lejepa.draw_masks(0, 5, range(100), 4, 8, keep)
+    (masks,) = avjepa_lejepa.draw_kept(0, 5, range(100), 4, 8, keep)
     kept, left = masks["v"]
     assert kept.shape == (100, 4, count) and left.shape == (100, 4, 8 - count)
     assert torch.equal(torch.cat([kept, left], 2).sort(2).values, torch.arange(8).expand(100, 4, 8))
@@ -95,9 +95,9 @@ def test_of_each_view_another_random_share_of_the_video_s_tokens_is_kept_by_the_
     assert (often - 400 * share).abs().max() <= 4.5 * math.sqrt(400 * share * (1 - share))
     if count < 8:
         assert len(kept.sort(2).values.flatten(0, 1).unique(dim=0)) == math.comb(8, count)
-    (alone,) = avjepa_lejepa.draw_masks(0, 5, [7, 98], 4, 8, keep)
+    (alone,) = avjepa_lejepa.draw_kept(0, 5, [7, 98], 4, 8, keep)
     assert torch.equal(alone["v"][0], kept[[7, 98]])
-    (later,) = avjepa_lejepa.draw_masks(0, 6, range(100), 4, 8, keep)
+    (later,) = avjepa_lejepa.draw_kept(0, 6, range(100), 4, 8, keep)
     assert not torch.equal(later["v"][0], kept)
 
 
@@ -106,7 +106,7 @@ def test_the_embedding_of_a_view_is_that_of_its_kept_tokens_and_of_all_of_its_so
     """Against the encoder on the tokens of one view after the other."""
     model = small_model(absent=absent).eval()
     batch = batch_of(3 * [MODALITY])
-    (masks,) = avjepa_lejepa.draw_masks(0, 0, range(3), 4, 8, 0.5)
+    (masks,) = avjepa_lejepa.draw_kept(0, 0, range(3), 4, 8, 0.5)
     kept, _ = masks["v"]                                                        # (3, 4, 4)
     h = model.embed(batch["video"], batch["audio"], batch["present"], kept)
     videos = iter(batch["video"])

@@ -314,5 +314,5 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     trained = [p for p in model.parameters() if p.requires_grad]            # neither teacher nor buffers
     assert values["parameters trained"] == sum(p.numel() for p in trained)
     assert values["parameters of the encoder"] == sum(p.numel() for p in model.context_encoder.parameters())
-    assert values["video tokens of a clip"] == 32 and values["audio tokens of a clip"] == 48
+    assert values["video tokens of a clip"] == 32 and values["audio tokens of a clip"] == 24
     assert reproduce.step_times([]) == (None, None)

@@ -475,14 +475,15 @@ def test_curves_draw_what_probes_and_retrieval_found_of_the_trained_encoder_over
                   metric="top-1")
     found = [dict(step=40, value=9.0), dict(step=40, value=60.0), dict(step=20, value=70.0),
              dict(step=20, value=1.0, baseline="untrained"), dict(step=20, value=2.0, baseline="raw"),
-             dict(step=20, value=50.0, tested="audio"),
+             dict(step=20, value=50.0, tested="audio"), dict(step=20, value=33.0, clips=80),
+             dict(step=60, value=99.0),                                # of a longer run before
              dict(step=30, value=None), dict(step="30", value=3.0), dict(step=30, value=math.nan)]
     rows = [json.dumps({**probed, **row}) for row in found]
     pixels = json.dumps(dict(step=30, probe="pixels", data="toy", baseline=None, hidden={"audio": {}}))
     (tmp_path / "probe.jsonl").write_text("\n".join([*rows, pixels, "[]", '{"step": 30, "val']))
     ways = {"A->V": {"R@1": 1.0, "R@10": 20.0}, "V->A": {"R@1": 2.0, "R@10": 30.0}}
-    searched = [dict(step=20, untrained=False, data="toy", N=256, **ways),
-                dict(step=10, untrained=True, data="toy", N=256, **ways)]
+    of_all = dict(data="toy", embedding="encoder", N=256, **ways)
+    searched = [dict(step=20, untrained=False, **of_all), dict(step=10, untrained=True, **of_all)]
     (tmp_path / "retrieval.jsonl").write_text("\n".join(map(json.dumps, searched)))
     visualize.main(["curves", str(tmp_path)])
     lines = {" ".join(ax.get_title().split()): ax.lines[0] for ax in figures[0].axes if ax.lines}
@@ -490,10 +491,11 @@ def test_curves_draw_what_probes_and_retrieval_found_of_the_trained_encoder_over
         "loss": [[step, 1] for step in range(40)],
         "linear regression: av, toy, top-1, %": [[20, 70], [40, 60]],
         "linear regression: audio of av, toy, top-1, %": [[20, 50]],
-        "retrieval: A->V, toy, R@10 of 256, %": [[20, 20]],
-        "retrieval: V->A, toy, R@10 of 256, %": [[20, 30]]}
+        "linear regression: av, toy, clips 80, top-1, %": [[20, 33]],
+        "retrieval: A->V, toy, encoder, R@10 of 256, %": [[20, 20]],
+        "retrieval: V->A, toy, encoder, R@10 of 256, %": [[20, 30]]}
     assert [title for title, line in lines.items() if line.get_marker() == "None"] == ["loss"]
-    assert "probe.jsonl: 5 of its 12 lines are no rows of a log and left out" in capsys.readouterr().out
+    assert "probe.jsonl: 5 of its 14 lines are no rows of a log and left out" in capsys.readouterr().out
 
 
 def test_clips_that_lack_a_stream_are_named_and_the_others_in_line(runs, tmp_path, capsys):

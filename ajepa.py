@@ -53,14 +53,14 @@ RECIPE = {
     "size":         ("base",          "toy",          "Sec. 4.1: ViT-B, 12 x 768, 12 heads, MLP 3072"),
     "seconds":      (10.0,            3.84,           "Sec. 4.6: length of a clip, padded or cropped"),
     "n_fft":        (512,             512,            "Sec. 4.6: 16 kHz, window of 400; log(mel + 1e-6)"),
-    "hop":          (160,             240,            "Sec. 4.6: samples from one mel frame to the next"),
+    "hop":          (160,             160,            "Sec. 4.6: samples from one mel frame to the next"),
     "n_mels":       (128,             64,             "Sec. 4.6"),
-    "columns":      (1024,            256,            "Sec. 7: 10 s are 1,001 frames, padded to 1,024"),
+    "columns":      (1024,            384,            "Sec. 7: 10 s are 1,001 frames, padded to 1,024"),
     # unspecified: the lowest filter is empty, its std is 0
     "std_floor":    (0.1,             0.1,            ""),
     # differs: a sample of the training set, drawn with seed 0
     "stats_clips":  (10000,           512,            ""),
-    "mel_patch":    ((16, 16),        (16, 16),       "Sec. 4.1: 8 x 64 = 512 tokens (toy: 4 x 16 = 64)"),
+    "mel_patch":    ((16, 16),        (32, 16),       "Sec. 4.1: 8 x 64 = 512 tokens (toy: 2 x 24 = 48)"),
     # unspecified: frequency + time
     "pos":          ("learned",       "learned",      "Sec. 4.1 (digest: sincos)"),
     "masking":      ("multiblock",    "multiblock",   "Sec. 4.4: 4 blocks a clip"),
@@ -72,7 +72,7 @@ RECIPE = {
     "pred_dim":     (384,             64,             "Sec. 4.3: 12 heads of 32 dimensions (digest: 512)"),
     "loss":         ("smooth_l1",     "smooth_l1",    "Sec. 4.5: beta 1 (digest: l2)"),
     "tau":          ((0.996, 0.9999), (0.996, 0.999), "Sec. 4.2: EMA momentum, on a cosine"),
-    "batch_size":   (256,             48,             "Sec. 5: effective, across GPUs"),
+    "batch_size":   (256,             64,             "Sec. 5: effective, across GPUs"),
     "epochs":       (400,             None,           "Sec. 5: 300 to 400"),
     "steps":        (None,            1000,           "by the epochs"),
     # unspecified: to 0, not scaled by the batch

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 FULL = (8, 64)                                         # grids of the paper and the toy, frequency x time
-TOY = (4, 16)
+TOY = (2, 24)
 recipe_of = functools.partial(slow.recipe_of, ajepa)
 
 
@@ -175,7 +175,7 @@ def test_a_curriculum_that_leaves_no_context_on_a_grid_ends_in_a_sentence(remove
 # ---- the mel ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("column,seconds,frames,columns", [
-    ("paper", 10, 1001, 1024), ("toy", 3.84, 257, 256)])
+    ("paper", 10, 1001, 1024), ("toy", 3.84, 385, 384)])
 def test_the_mel_is_the_definition_filled_up_with_silence_or_cut_to_whole_patches(
         column, seconds, frames, columns):
     """Also where the length of the recipe is given as a flag."""
@@ -225,7 +225,7 @@ def test_learning_rate_tau_and_curriculum_follow_the_recipe_over_a_run(toy, tmp_
         assert row["tau"] == pytest.approx(common.cosine(step, 8, 0.996, 0.999))
         rate = common.warmup_cosine(step, 8, 2, 1e-3)  # a fifth is warm-up; the formulas: test_formulas.py
         assert row["lr"] == pytest.approx(rate, abs=1e-12)
-        visible, _ = draw(0, (4, 5), recipe, step=step, steps=8)
+        visible, _ = draw(0, (2, 7), recipe, step=step, steps=8)
         assert row["kept/a"] == pytest.approx(visible.mean())
 
 

@@ -214,7 +214,7 @@ class AVJEPA(nn.Module):
         super().__init__()
         self.parts = dict(encoder=config, projector=widths)                # what load_encoder builds again
         self.encoder = ViT(**config)
-        # unspecified: BatchNorm by the statistics of each process
+        # unspecified: BatchNorm by the statistics of each process, and in float32 (common.MLP)
         self.projector = common.mlp(self.encoder.dim, widths)
         self.lam = lam
         self.slices = slices

@@ -487,10 +487,7 @@ def save_picture(file, listing, decode, decoder, inputs, workers, title):
 def main(argv=None):
     args = get_args(argv)
     began = time.time()
-    process = run.start_process(args.device, args.bf16)
-    if process.world > 1:
-        raise UserError("pixels.py runs in one process; start it without torchrun")
-    workers = run.default_workers(process) if args.workers is None else args.workers
+    process, workers = run.one_process(args, "pixels.py")
     content = common.load_checkpoint(args.ckpt)
     model, draw_masks = restore(content, args.baseline == "untrained")
     vit = model.to(process.device).context_encoder

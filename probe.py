@@ -949,10 +949,7 @@ def probe_checkpoint(args, process, workers):
 
 def main(argv=None):
     args = get_args(argv)
-    process = run.start_process(args.device, args.bf16)
-    if process.world > 1:
-        raise UserError("probe.py runs in one process; start it without torchrun")
-    workers = run.default_workers(process) if args.workers is None else args.workers
+    process, workers = run.one_process(args, "probe.py")
     for one in run.each_checkpoint(args):
         probe_checkpoint(one, process, workers)
 

@@ -380,10 +380,7 @@ def search_checkpoint(args, process, workers):
 
 def main(argv=None):
     args = get_args(argv)
-    process = run.start_process(args.device, args.bf16)
-    if process.world > 1:
-        raise UserError("retrieval.py runs in one process; start it without torchrun")
-    workers = run.default_workers(process) if args.workers is None else args.workers
+    process, workers = run.one_process(args, "retrieval.py")
     for one in run.each_checkpoint(args):
         search_checkpoint(one, process, workers)
 

@@ -171,6 +171,15 @@ def default_workers(process):
     return max(1, min(16, free // local))
 
 
+def one_process(args, script):
+    """(Process, number of data workers) of a command that evaluates, by its flags. UserError where torchrun
+    started it."""
+    process = start_process(args.device, args.bf16)
+    if process.world > 1:
+        raise UserError(f"{script} runs in one process; start it without torchrun")
+    return process, default_workers(process) if args.workers is None else args.workers
+
+
 class Stopped(BaseException):
     """A signal came while the process waited for clips."""
 

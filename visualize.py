@@ -1117,10 +1117,7 @@ def main(argv=None):
     if args.what == "curves":
         curves(args)
         return
-    process = run.start_process(args.device, args.bf16)
-    if process.world > 1:
-        raise UserError("visualize.py runs in one process; start it without torchrun")
-    workers = run.default_workers(process) if args.workers is None else args.workers
+    process, workers = run.one_process(args, "visualize.py")
     encoder = load(args, process)
     if args.what == "pca":
         pca(args, encoder, process, workers)

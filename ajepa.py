@@ -74,7 +74,7 @@ RECIPE = {
     "tau":          ((0.996, 0.9999), (0.996, 0.999), "Sec. 4.2: EMA momentum, on a cosine"),
     "batch_size":   (256,             64,             "Sec. 5: effective, across GPUs"),
     "epochs":       (400,             None,           "Sec. 5: 300 to 400"),
-    "steps":        (None,            1000,           "by the epochs"),
+    "steps":        (None,            900,            "by the epochs"),
     # unspecified: to 0, not scaled by the batch
     "lr":           (1.5e-4,          1e-3,           "Sec. 5: peak; cosine"),
     "warmup":       (0.1,             0.2,            "Sec. 5: 40 epochs of 400, as a share of the steps"),

@@ -349,8 +349,7 @@ def write_film(path, file, moments, maps, crop, text):
         aspect = data.pixel_aspect(clip.video)
         film = Film(container, clip.video, clip.audio, text)
         bar = tqdm(total=clip.seconds, desc="film", bar_format=look)
-        for stream, frame in clip.frames((clip.video, clip.audio)):
-            now = frame.time - clip.origin
+        for stream, now, frame in clip.frames((clip.video, clip.audio)):
             if stream.type == "audio":
                 film.add_sound(frame, now)
                 continue
@@ -433,7 +432,7 @@ def film_attention(args, encoder, spans, maps, film, text):
 def attention_of_clip(args, encoder, process):
     """attention --clip: the picture of the clip's middle view, and the film of all of it."""
     clip = Path(args.clip)
-    if not os.path.isfile(clip):
+    if not data.is_clip(clip):
         raise UserError(f"--clip {clip}: there is no such file")
     views, spans = whole_clip(clip, data.Inputs(**encoder.inputs))
     for key, lack in (("video", "picture"), ("audio", "sound")):

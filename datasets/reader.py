@@ -11,18 +11,17 @@ import contextlib
 import math
 import os
 import time
-from collections import deque
 
 import av
 import numpy as np
 
 from common import UserError
 from datasets.collectors import SLACK, Pictures, Sound, seconds_of
+from datasets.leads import PREROLL, PictureLead, SoundLead, gaps_between
+from datasets.shards import find_address
 
 SEEK_FROM = 2.0         # seconds: to a window that begins later the reader jumps
-APART = 10.0            # seconds from the end of one window to the next: between such two it jumps, too
-PREROLL = 0.5           # seconds of sound that a decoder needs before its output is right
-HELD = 1000             # packets of pictures that wait for the next key frame
+APART = 6.0             # seconds from the end of one window to the next: between such two it jumps, too
 MAX_SECONDS = 60.0      # what a clip may cost; or as many as were asked for
 
 # These containers know their length and find a place by an index or by counting bytes ...
@@ -87,6 +86,7 @@ class Clip:
         self.shape = None                                       # (height, width) of its pictures as read
         self.lonely = False                                     # its video is a single picture: none
         self.open()
+        self.sparse = self.container.format.name in INDEXED     # are its times and key frames to be trusted?
         try:
             self.origin = (self.container.start_time or 0) / av.time_base       # the clock's at the start
             self.stretch = time_stretch(self.video, frame_rate)
@@ -97,14 +97,17 @@ class Clip:
 
     def open(self):
         """Open the file, at its beginning."""
-        absolute = os.path.abspath(self.path)                   # FFmpeg would take "a:b" for a protocol
-        size = os.path.getsize(absolute)
-        if not os.path.isfile(absolute):                        # to open a pipe is to wait for its writer
+        file, begin, size = place_of(self.path)
+        if not os.path.isfile(file):                            # to open a pipe is to wait for its writer
             raise ClipError(f"{self.path}: does not decode (it is no file)")
         if size == 0:
             raise ClipError(f"{self.path}: the file is empty")
+        options = OPTIONS
+        if find_address(self.path):
+            file = f"subfile,,start,{begin},end,{begin + size},,:{file}"
+            options = OPTIONS | {"protocol_whitelist": "file,subfile"}
         self.container = av.open(
-            absolute, metadata_errors="replace", timeout=MAX_SECONDS, container_options=OPTIONS)
+            file, metadata_errors="replace", timeout=MAX_SECONDS, container_options=options)
         self.fresh = True                                       # nothing of it was read yet
         self.video, self.audio = find_streams(self.container)
         if self.lonely:
@@ -141,8 +144,8 @@ class Clip:
         streams = [stream for stream in (self.video, self.audio) if stream is not None]
         ends = {stream.type: [] for stream in streams}
         if decode or self.container.format.name in COUNTED:
-            for stream, frame in self.frames(streams):
-                ends[stream.type].append(frame.time - self.origin + length_of(frame, stream))
+            for stream, at, frame in self.frames(streams):
+                ends[stream.type].append(at + length_of(frame, stream))
             streams = []
         clocks = {stream.type: 0.0 for stream in streams}       # when the last packet ended
         for packet in self.packets(streams):
@@ -181,7 +184,8 @@ class Clip:
         the mean of the channels at sample_rate; seen, heard: a bool for each video and each audio window: did
         something in it decode; has_video, has_audio: did it in all of them (of a stream that no window asks
         for: is it there); short: more than .1 s of a window lies outside of what decoded (the picture then
-        holds its nearest frame and the sound is zero). An absent stream is zeros. Raises ClipError."""
+        holds its nearest frame and the sound is zero); reach: {"video": (begin, end), "audio": (begin, end)},
+        seconds, of all that decoded, None where nothing did. An absent stream is zeros. Raises ClipError."""
         shown = self.on_clock(video_windows)
         heard = self.on_clock(audio_windows)
         for start, seconds in shown + heard:
@@ -233,7 +237,15 @@ class Clip:
             "heard": audible,
             "has_video": self.video is not None and all(seen),
             "has_audio": self.audio is not None and all(audible),
-            "short": any(part.is_short() for part in (sounds if self.lonely else films + sounds))}
+            "short": any(part.is_short() for part in (sounds if self.lonely else films + sounds)),
+            "reach": {"video": self.reach(films), "audio": self.reach(sounds)}}
+
+    def reach(self, parts):
+        """(begin, end) in seconds of what decoded for the parts; None where nothing did."""
+        begin = min((part.begin for part in parts), default=math.inf)
+        if begin == math.inf:
+            return None
+        return begin / self.stretch, max(part.end for part in parts) / self.stretch
 
     def on_clock(self, windows):
         """Windows on the clip's own clock."""
@@ -242,7 +254,7 @@ class Clip:
     def read_stretch(self, first, wanted, sounds, num_frames, size, sample_rate):
         """One pass, from `first` on: (Pictures, Sound) of the windows `wanted` and `sounds`. A seek that came
         too late, or to nothing, is done again without one, and if need be by decoding all that comes
-        before."""
+        before; what went wrong where frames were left out, without leaving out any."""
         jumps = first > SEEK_FROM
         for sought, lead in ((True, first), (False, first), (False, -math.inf)):
             if sought and not (jumps and self.seek(first)):
@@ -251,21 +263,40 @@ class Clip:
                 self.rewind()
             pictures = Pictures(self.video, wanted, num_frames, size)
             sound = Sound(self.audio, sounds, sample_rate)
-            streams = [part.stream for part in (pictures, sound) if part.open]
-            for stream, frame in self.frames(streams, lead if jumps else -math.inf, sought):
-                part = pictures if stream.type == "video" else sound
+            parts = {"video": pictures, "audio": sound}
+            streams = [part.stream for part in parts.values() if part.open]
+            leads = self.leads(pictures, sound, lead, sought)
+            for stream, at, frame in self.frames(streams, leads, sought):
+                part = parts[stream.type]
                 if part.open:
-                    part.add(frame, frame.time - self.origin)
+                    part.add(frame, at)
+                leads[stream.type].open = part.open
                 if not (pictures.open or sound.open):
                     break
             pictures.finish()
             sound.finish()
+            until = math.inf if pictures.open else pictures.since
+            if self.sparse and (pictures.lost or leads["video"].misses(pictures.times, until)):
+                self.sparse = False
+                self.rewind()
+                return self.read_stretch(first, wanted, sounds, num_frames, size, sample_rate)
             if not (pictures.is_late(first) or sound.is_late(first)):
                 break
             if not (sought or jumps and pictures.is_late(first)):       # else its key frames are none
                 break
         self.shape = self.shape or pictures.shape
         return pictures, sound
+
+    def leads(self, pictures, sound, first, sought):
+        """{kind: Lead} of a pass that begins at `first`; -inf: with all that comes before."""
+        lead = first if first > SEEK_FROM else -math.inf
+        heard_from = -math.inf if sought else lead
+        moments = [] if lead == -math.inf else [lead]
+        if self.sparse and pictures.open and first > -math.inf:
+            moments = pictures.needs()
+        counted = self.container.format.name in COUNTED
+        gaps = [] if counted else gaps_between(sound.windows, heard_from)
+        return {"video": PictureLead(moments, self.sparse), "audio": SoundLead(gaps)}
 
     def seek(self, first):
         """Go to the last key frame before `first`. Returns whether that can be trusted."""
@@ -279,29 +310,40 @@ class Clip:
             return False
         return True
 
-    def frames(self, streams, first=-math.inf, sought=False):
-        """(stream, frame) in the file's order, each frame with a time: all that is on screen or heard from
-        `first` on, and a little before. sought: this is not the beginning of the file."""
+    def frames(self, streams, leads=None, sought=False):
+        """(stream, time, frame) in the file's order of the packets that {kind: Lead} lets through; (stream,
+        time, None) where others were left out, up to one of this time. sought: this is not the beginning."""
         counted = self.container.format.name in COUNTED
-        heard_from = -math.inf if counted or sought else first
-        leads = {"video": Lead("video", first), "audio": Lead("audio", heard_from)}
         clocks = {stream.type: None if sought else self.origin for stream in streams}
         for packet in self.led(streams, leads):
             kind = packet.stream.type
-            for frame in decoded(packet):
+            if kind == "video":
+                packet.stream.codec_context.skip_frame = "NONREF" if packet.opaque else "DEFAULT"
+            for frame in decoded(packet, leads and leads[kind]):
                 if frame.pts is None and clocks[kind] is None:
                     continue
                 if frame.pts is None or counted:                # it follows on the one before
                     frame.pts = round(clocks[kind] / frame.time_base)
-                clocks[kind] = frame.time + length_of(frame, packet.stream)
-                yield packet.stream, frame
+                at = seconds_of(frame.pts, frame.time_base)
+                clocks[kind] = at + length_of(frame, packet.stream)
+                yield packet.stream, at - self.origin, frame
+            if packet.size == 0 and packet.pts is not None:     # of `drain`
+                packet.stream.codec_context.flush_buffers()
+                clocks[kind] = None
+                yield packet.stream, self.time_of(packet), None
 
     def led(self, streams, leads):
-        """The packets to decode: {kind: Lead} leaves those out that nobody needs."""
+        """The packets to decode: {kind: Lead} leaves those out that nobody needs; None: all."""
         for packet in self.packets(streams):
-            yield from leads[packet.stream.type].add(packet, self.time_of(packet))
-        for lead in leads.values():                             # of a file that breaks off before `first`
-            yield from lead.rest()
+            if leads is None:
+                yield packet
+                continue
+            lead = leads[packet.stream.type]
+            if lead.open:
+                yield from lead.add(packet, self.time_of(packet))
+        for lead in (leads or {}).values():                     # of a file that breaks off
+            if lead.open:
+                yield from lead.rest()
 
     def packets(self, streams):
         """The packets of the streams, as far as they can be read. Raises ClipError after the deadline."""
@@ -335,40 +377,13 @@ class Clip:
         return None if pts is None else seconds_of(pts, packet.time_base) - self.origin
 
 
-class Lead:
-    """Which packets before `first` are to be decoded: of pictures those from the last key frame on, of sound
-    those of the last half second."""
-    def __init__(self, kind, first):
-        self.kind = kind
-        self.first = first
-        self.held = deque()                                     # (time, packet)
-        self.reached = first == -math.inf
-
-    def add(self, packet, time):
-        """A list of the packets to decode now."""
-        if self.reached:
-            return [packet]
-        self.reached = time is None or time >= self.first       # the last packet is empty and has no time
-        if self.kind == "video" and packet.is_keyframe and not self.reached:
-            self.held.clear()
-        if self.kind == "audio" and not self.reached:
-            while len(self.held) > 1 and self.held[1][0] < time - PREROLL:
-                self.held.popleft()
-        self.held.append((time, packet))
-        return self.rest() if self.reached or len(self.held) > HELD else []
-
-    def rest(self):
-        """A list of the packets that were held back."""
-        held = [packet for _, packet in self.held]
-        self.held.clear()
-        return held
-
-
-def decoded(packet):
-    """The frames of a packet."""
+def decoded(packet, lead=None):
+    """The frames of a packet. lead: is told where it fails."""
     try:
         return packet.decode()
     except av.error.FFmpegError:            # one broken packet, of half a dozen kinds: the rest may be fine
+        if lead is not None:
+            lead.lost = True
         return []
 
 
@@ -417,16 +432,24 @@ def find_streams(container):
     return best["video"], best["audio"]
 
 
+def place_of(path):
+    """(file, first byte, bytes) of a path, or of an address in a tar."""
+    tar, begin, size = find_address(path) or (path, 0, None)
+    file = os.path.abspath(tar)                                 # FFmpeg would take "a:b" for a protocol
+    held = os.path.getsize(file)
+    return file, begin, held if size is None else size
+
+
 def says_its_length(path):
     """Whether an mp3 begins with a Xing header, a frame that counts the others, and the count of bytes in it
     is the file's; without one FFmpeg guesses by the first frame's bit rate."""
-    begin = 0
+    path, start, size = place_of(path)
+    begin = start
     with open(path, "rb") as file:
+        file.seek(start)
         head = file.read(10)
         if head[:3] == b"ID3":                                  # the tag's length, 7 bits a byte
-            for byte in head[6:10]:
-                begin = begin << 7 | byte & 127
-            begin += 10
+            begin += 10 + sum((byte & 127) << 7 * n for n, byte in enumerate(head[9:5:-1]))
         file.seek(begin)
         first = file.read(4096)
     place = max(first.find(b"Xing"), first.find(b"Info"))
@@ -434,7 +457,7 @@ def says_its_length(path):
         return False
     skipped = 12 if first[place + 7] & 1 else 8                 # flag 1: the frames come before
     count = int.from_bytes(first[place + skipped:place + skipped + 4], "big")
-    return abs(os.path.getsize(path) - begin - count) < 0.02 * count + 4096
+    return abs(start + size - begin - count) < 0.02 * count + 4096
 
 
 def time_stretch(video, frame_rate):

@@ -6,6 +6,7 @@ import heapq
 import os
 import struct
 import sys
+import tarfile
 import tracemalloc
 from fractions import Fraction
 from functools import partial
@@ -21,7 +22,7 @@ import common
 import data
 from conftest import command, fails, numbered, read_number
 from data import ClipError, Inputs
-from datasets import reader
+from datasets import collectors, reader, shards
 
 SECONDS = 12
 FPS = 10
@@ -381,6 +382,174 @@ def test_a_window_that_is_none_is_named(tmp_path, window):
         data.read_clip(tmp_path / "some.wav", *window)
 
 
+# --- Only what is needed is decoded ---
+
+OPEN = {"g": "10", "bf": "3", "preset": "veryfast", "x264-params": "open-gop=1:b-pyramid=normal:scenecut=0"}
+OPEN_265 = {"preset": "ultrafast", "x265-params": "log-level=none:pools=1:open-gop=1:keyint=10:bframes=3"}
+SPARSE = {                                              # name: (codec, options), of moving noise
+    "b-frames.mp4": ("libx264", {"g": "10", "bf": "3", "preset": "veryfast"}),
+    "open.mp4": ("libx264", OPEN),
+    "open.mkv": ("libx264", OPEN),
+    "every.mp4": ("libx264", {"g": "1"}),
+    "open-265.mp4": ("libx265", OPEN_265),
+    "four.mp4": ("mpeg4", {"g": "10", "bf": "2"}),
+    "two.mkv": ("mpeg2video", {"g": "10", "bf": "2"}),
+    "nine.webm": ("libvpx-vp9", {"g": "10", "deadline": "good", "cpu-used": "8", "lag-in-frames": "8"}),
+    "one.mp4": ("libsvtav1", {"g": "16", "preset": "12", "svtav1-params": "lp=1"}),
+    "open.ts": ("libx264", OPEN),
+    "b-frames.avi": ("mpeg4", {"g": "10", "bf": "2"})}
+
+
+def noise(path, codec, options, seconds=12):
+    """Pictures by which a wrong reference shows: noise that moves, and is mirrored after each 4 seconds."""
+    canvas = np.random.default_rng(0).integers(0, 255, (128, 192, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=FPS, options=options)
+        stream.height, stream.width = 64, 96
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for n in range(seconds * FPS):
+            pixels = np.roll(canvas, (n, 2 * n), (0, 1))[:64, :96]
+            pixels = pixels[::-1] if n // 40 % 2 else pixels
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts = n
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def plain(path, windows, num_frames):
+    """All frames in order; of those that have come at a moment, the last one."""
+    frames = []
+    with av.open(str(path)) as container:
+        origin = (container.start_time or 0) / av.time_base
+        first = None
+        for frame in container.decode(video=0):
+            first = frame.time if first is None else first
+            late = first if path.suffix == ".avi" else origin           # it has no times of its own
+            frames.append((frame.time - late, frame))
+        scale = av.video.reformatter.VideoReformatter()
+        for start, seconds in windows:
+            shown = []
+            for n in range(num_frames):
+                moment = start + (n + 0.5) * seconds / num_frames + 1e-6
+                past = [frame for time, frame in frames if time <= moment]
+                shown.append(data.picture((past or [frames[0][1]])[-1], 48, scale))
+            yield np.stack(shown)
+
+
+def count_decoded(monkeypatch):
+    """{kind: packets decoded so far}"""
+    counts = {"video": 0, "audio": 0}
+    really_decoded = reader.decoded
+
+    def decoded(packet, *more):
+        counts[packet.stream.type] += packet.size > 0
+        return really_decoded(packet, *more)
+
+    monkeypatch.setattr(reader, "decoded", decoded)
+    return counts
+
+
+PLANS = [[(0.0, 12.0)], [(0.31, 1.0), (1.1, 8.0), (9.04, 0.05)], [(5.55, 2.0), (11.2, 2.0)], [(3.0, 0.2)]]
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_moments_have_the_bits_of_all_frames_decoded_in_order(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    noise(path, *SPARSE[name])
+    counts = count_decoded(monkeypatch)
+    for windows in PLANS:
+        with data.open_clip(path) as clip:
+            found = clip.read(windows, [], 3, 48, 16000)
+        for one, other in zip(found["video"], plain(path, windows, 3), strict=True):
+            assert np.array_equal(one, other)
+        assert found["seen"] == [True] * len(windows)
+        assert found["short"] == (windows[-1][0] == 11.2)
+        if windows == PLANS[0]:                         # moments at 2, 6 and 10 seconds, and both ends
+            assert (counts["video"] < 70) == (path.suffix not in (".ts", ".avi"))
+            reach = found["reach"]
+            assert reach["audio"] is None and reach["video"] == pytest.approx((0, 12), abs=0.16)
+    assert name != "every.mp4" or counts["video"] < 30
+
+
+@pytest.mark.parametrize("before", [0.0, 0.5])
+def test_before_the_first_picture_the_first_one_is_shown(tmp_path, before):
+    """Also by a later moment's skipping: the first key frame is at 1 second, another one at 2."""
+    record([H264._replace(begin=1.0, at=1.0), AAC], tmp_path / "late.mp4")
+    first = read(tmp_path / "late.mp4", [(1.0, 0.05)])["video"][0]
+    found = read(tmp_path / "late.mp4", [(before, 0.4), (4.0, 0.4)])
+    assert np.array_equal(found["video"][0][0], first[0])
+
+
+@pytest.mark.parametrize("end", ["mp4", "mkv"])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_where_key_frames_lie_nothing_is_left_out(tmp_path, end, codec):
+    """Each packet says that it is one."""
+    honest = tmp_path / f"honest.{end}"
+    path = tmp_path / f"liar.{end}"
+    noise(honest, codec, {"g": "40"})
+    with av.open(str(honest)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.is_keyframe = True
+                packet.stream = stream
+                target.mux(packet)
+    windows = [(0.31, 1.2), (1.4, 4.0)]
+    assert all(map(np.array_equal, read(path, windows)["video"], plain(honest, windows, 16)))
+
+
+def test_sound_between_windows_is_not_decoded_and_changes_nothing(tmp_path, monkeypatch):
+    record([AAC], tmp_path / "some.m4a")
+    windows = [(0.5, 1.0), (8.3, 1.0)]
+    alone = read(tmp_path / "some.m4a", [(0.0, 12.0)])["audio"][0]
+    counts = count_decoded(monkeypatch)
+    found = read(tmp_path / "some.m4a", windows)
+    assert counts["audio"] < 60                         # of 188
+    for (start, _), wave in zip(windows, found["audio"]):
+        place = round(start * 16000)
+        assert np.abs(wave - alone[place:place + 16000]).max() < 0.01
+    assert found["reach"]["video"] is None and found["reach"]["audio"] == pytest.approx((0, 9.4), abs=0.1)
+
+
+def test_overlapping_windows_are_resampled_once(tmp_path, monkeypatch):
+    record_wav((1.0, 0.5), tmp_path / "some.wav", rate=44100)
+    asked = []
+    resample = collectors.torchaudio.functional.resample
+    monkeypatch.setattr(collectors.torchaudio.functional, "resample",
+                        lambda wave, *rates: asked.append(len(wave)) or resample(wave, *rates))
+    read(tmp_path / "some.wav", [(1.0, 4.0), (2.0, 4.0), (0.5, 5.0), (1.0, 1.0)])
+    assert len(asked) == 1 and asked[0] < 44100 * 5.7
+
+
+# --- Clips in a tar ---
+
+def test_a_clip_in_a_tar_is_read_as_the_file(tmp_path):
+    record([H264, AAC], tmp_path / "film.mp4")
+    record([MP3], tmp_path / "song.mp3")
+    record([MP3], tmp_path / "bare.mp3", **BARE)
+    (tmp_path / "empty.mp4").touch()
+    names = ["film.mp4", "song.mp3", "bare.mp3", "empty.mp4"]
+    tar = tmp_path / "some: clips.tar"
+    with tarfile.open(tar, "w") as file:
+        for name in names:
+            file.add(tmp_path / name, f"train/{name}")
+    places = {name: shards.address(tar, at, size, name) for name, at, size in shards.read_members(tar)}
+    windows = [(1.2, 1.0), (8.4, 1.0)]
+    for name in names[:3]:
+        inside = places[f"train/{name}"]
+        assert reader.says_its_length(inside) == reader.says_its_length(tmp_path / name)
+        assert reader.says_its_length(inside) == (name == "song.mp3")
+        one = read(tmp_path / name, windows)
+        other = read(inside, windows)
+        for key in ("video", "audio"):
+            assert all(map(np.array_equal, one.pop(key), other.pop(key)))
+        assert one == other
+    fails(data.read_clip, places["train/empty.mp4"], error=ClipError, match="the file is empty")
+    tar.unlink()
+    fails(data.read_clip, places["train/film.mp4"], error=ClipError, match="No such file")
+
+
 # --- A clip of which a part is there ---
 
 CUT = {
@@ -659,3 +828,16 @@ def test_two_windows_far_apart_cost_the_memory_of_two_windows(tmp_path, name, ma
     tracemalloc.stop()
     assert peak < 20e6                                  # 20 minutes of sound are 77e6
     assert_right(found, [(2.0, 1.0), (6.0, 1.0)], "va" if name == "hour.mkv" else "a", exact=0.2)
+
+
+def test_windows_all_over_a_long_sound_cost_the_memory_of_the_windows(tmp_path):
+    """5 minutes, of which 5 seconds in 12 are wanted: 4 MB; all samples of both channels would be 38 MB."""
+    write_wav(np.zeros((1, 2), "<i2"), tmp_path / "long.wav", size=300 * 64000)
+    os.truncate(tmp_path / "long.wav", 44 + 300 * 64000)
+    windows = [(2.4 * n, 1.0) for n in range(125)]
+    tracemalloc.start()
+    with data.open_clip(tmp_path / "long.wav") as clip:
+        found = clip.read([], windows, 0, 48, 8000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(found["heard"]) and peak < 8e6

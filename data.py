@@ -10,6 +10,7 @@ Listing in such a file, and an entry of SETS.
     python data.py --data vggsound --data-dir vggsound/ --check       # what is there, missing, unreadable
     python data.py --data esc50 --data-dir ESC-50/ --check            # the same for sets of sound alone
     python data.py --data folder --data-dir clips/ --stats            # for --mel-mean and --mel-std
+    python data.py --data vggsound --data-dir vggsound/ --prepare small/      # written anew, quick to read
 """
 import signal
 
@@ -23,19 +24,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from common import UserError, check_range, main_guard
 from datasets.audioset import list_audioset
 from datasets.batches import Batches, Troubles, eval_batches, eval_loader, train_loader  # noqa: F401
 from datasets.check import check, mel_stats
+from datasets.collectors import picture, pixel_aspect  # noqa: F401
+from datasets.files import MEDIA, name_of  # noqa: F401
 from datasets.folder import list_folder
 from datasets.inputs import IMAGENET_MEAN, IMAGENET_STD, Inputs, LogMel  # noqa: F401
 from datasets.inputs import crop_transform, normalize_video  # noqa: F401
-from datasets.kinetics import list_kinetics
-from datasets.listing import MEDIA, Listing, describe, join, make_listing, read_columns  # noqa: F401
-from datasets.collectors import picture, pixel_aspect  # noqa: F401
+from datasets.kinetics import KINETICS_LISTS, list_kinetics
+from datasets.listing import Listing, describe, join, make_listing, read_columns  # noqa: F401
+from datasets.prepare import prepare
 from datasets.reader import ClipError, find_streams, open_clip, read_clip, time_stretch  # noqa: F401
+from datasets.rewrite import Coding
+from datasets.shards import is_clip  # noqa: F401
 from datasets.sounds import list_esc50, list_fsd50k, list_speechcommands
-from datasets.ssv2 import list_ssv2
+from datasets.ssv2 import SSV2_LISTS, list_ssv2
 from datasets.toy import TOY, TOY_CLASSES, list_toy, make_toy, toy_clip, toy_folder, write_clip  # noqa: F401
 from datasets.vggsound import list_vggsound
 from datasets.views import CROPS, Clips, View, even_views, place_views  # noqa: F401
@@ -54,22 +61,28 @@ class DataSet:
     all_splits: bool = False                # `list` knows the split 'all'
     make: Callable | None = None            # (folder) writes the set, where it is not there ...
     folder: Callable | None = None          # ... into () -> folder, unless another one is given
+    lists: tuple = ()                       # glob patterns below the folder: the set's own lists
 
 
 AS_2M = partial(list_audioset, parts=["unbalanced_train"])
 AS_20K = partial(list_audioset, parts=["balanced_train"])
 AS_FULL = partial(list_audioset, parts=["unbalanced_train", "balanced_train"])
+AS_LISTS = ("class_labels_indices.csv", "*_segments.csv")
 SETS = {
-    "toy": DataSet(list_toy, make=make_toy, folder=toy_folder),
-    "audioset": DataSet(AS_2M, seconds=10.0),
-    "audioset-20k": DataSet(AS_20K, seconds=10.0),
-    "audioset-full": DataSet(AS_FULL, seconds=10.0),
-    "vggsound": DataSet(list_vggsound, seconds=10.0),
-    "kinetics400": DataSet(list_kinetics, seconds=10.0, views=8, crops=3),      # test views: V-JEPA's paper
-    "ssv2": DataSet(list_ssv2, has=("video",), views=2, crops=3),               # test views: V-JEPA's paper
-    "esc50": DataSet(list_esc50, has=("audio",), seconds=5.0, all_splits=True),
-    "speechcommands": DataSet(list_speechcommands, has=("audio",), seconds=1.0),
-    "fsd50k": DataSet(list_fsd50k, has=("audio",), covers=30.0),                # .3 to 30 s: the longest clip
+    "toy": DataSet(list_toy, make=make_toy, folder=toy_folder, lists=("world.json", "*/truth.npz")),
+    "audioset": DataSet(AS_2M, seconds=10.0, lists=AS_LISTS),
+    "audioset-20k": DataSet(AS_20K, seconds=10.0, lists=AS_LISTS),
+    "audioset-full": DataSet(AS_FULL, seconds=10.0, lists=AS_LISTS),
+    "vggsound": DataSet(list_vggsound, seconds=10.0, lists=("vggsound.csv", "train.csv", "test.csv")),
+    "kinetics400": DataSet(                                                     # test views: V-JEPA's paper
+        list_kinetics, seconds=10.0, views=8, crops=3, lists=KINETICS_LISTS),
+    "ssv2": DataSet(list_ssv2, has=("video",), views=2, crops=3, lists=SSV2_LISTS),     # as above
+    "esc50": DataSet(
+        list_esc50, has=("audio",), seconds=5.0, all_splits=True, lists=("meta/esc50.csv",)),
+    "speechcommands": DataSet(
+        list_speechcommands, has=("audio",), seconds=1.0, lists=("validation_list.txt", "testing_list.txt")),
+    "fsd50k": DataSet(                                                          # .3 to 30 s: the longest clip
+        list_fsd50k, has=("audio",), covers=30.0, lists=("FSD50K.ground_truth/*.csv",)),
     "folder": DataSet(list_folder, all_splits=True)}
 
 
@@ -111,6 +124,20 @@ def list_clips(name, folder=None, split="train"):
     return listing
 
 
+def list_all(name, folder=None):
+    """The clips of all splits that are there, each once."""
+    if find_set(name).all_splits:
+        listing = list_clips(name, folder, "all")
+    else:
+        listing = list_clips(name, folder, "train")
+        try:
+            listing = join(listing, list_clips(name, folder, "test"))
+        except UserError as e:
+            print(f"the training clips alone: {e}")
+    first = np.unique(listing.files, return_index=True)[1]
+    return listing if len(first) == len(listing) else listing.subset(np.sort(first))
+
+
 def check_folder(folder):
     """UserError where there is no folder that can be read."""
     try:
@@ -140,6 +167,12 @@ def main(argv=None):
     add("--seconds", type=float, default=Inputs.seconds, help="length of the windows of --stats")
     add("--mels", type=int, default=Inputs.n_mels, help="mel bins of --stats")
     add("--hop", type=int, default=Inputs.hop, help="samples between two mel frames of --stats")
+    add("--prepare", metavar="OUT", help="write all clips anew into this folder, quick to read")
+    add("--side", type=int, default=Coding.side, help="short side of --prepare's pictures, at most")
+    add("--fps", type=float, help="frames a second of --prepare, at most; by default as the clip has")
+    add("--gop", type=int, default=Coding.gop, help="frames of --prepare from key frame to key frame")
+    add("--sample-rate", type=int, default=Coding.sample_rate, help="Hz of --prepare's sound")
+    add("--shards", type=int, default=0, help="tars of --prepare (WebDataset); 0: files")
     add("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     check_range("--workers", args.workers, 0, 1024)
@@ -147,6 +180,15 @@ def main(argv=None):
     check_range("--hop", args.hop, 1, 10 ** 6)
     check_range("--seconds", args.seconds, 0.1, 3600)
     check_range("--clips", args.clips, 1, 10 ** 9)
+    if args.prepare:
+        how = Coding(args.side, args.fps, args.gop, args.sample_rate, args.shards)
+        check_range("--side", how.side, 16, 4096)
+        check_range("--fps", 1 if how.fps is None else how.fps, 1, 240)
+        check_range("--gop", how.gop, 1, 1000)
+        check_range("--sample-rate", how.sample_rate, 1000, 192000)
+        check_range("--shards", how.shards, 0, 100000)
+        prepare(list_all(args.data, args.data_dir), SETS[args.data].lists, args.prepare, how, args.workers)
+        return
     listing = list_clips(args.data, args.data_dir, args.split)
     if args.check:
         check(listing, args.workers)

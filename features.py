@@ -6,7 +6,6 @@ probe.py, visualize.py and pixels.py read clips by these; `python probe.py --sav
 import functools
 import itertools
 import math
-import os
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -521,7 +520,7 @@ def save_features(path, encoder, listing, views, process, workers, patch_level=F
             retrieval.check_finite(patch[-1], names_of(listing, index))                 # may exceed 65,504
     index = torch.cat(indices)
     arrays = {
-        "files": np.array([os.fsdecode(bytes(listing.files[i])) for i in index]),
+        "files": np.array([listing.file(i) for i in index]),
         "seconds": np.float64(views.inputs.seconds),
         "clip": torch.cat(clip).numpy()}
     if patch_level:

@@ -21,7 +21,6 @@ import collections
 import functools
 import importlib.util
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -477,8 +476,7 @@ def save_picture(file, listing, decode, decoder, inputs, workers, title):
     shown = []
     batches = read_middles(listing, inputs, tuple(decoder.grids), 1, workers, "picture")
     for number, batch in enumerate(batches):
-        path = os.fsdecode(bytes(listing.files[number]))
-        shown.append((path, decode(batch, number)))
+        shown.append((listing.file(number), decode(batch, number)))
     fig = draw_pixels(shown, inputs, decoder, title)
     advice = "the row of probe.jsonl is whole"
     features.write_file(file, lambda f: fig.savefig(f, format="png", dpi=100), advice)

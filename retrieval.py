@@ -222,19 +222,20 @@ def find_ids(listing, file):
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--clips {file}: cannot be read as a text file with an id in each line") from None
     wanted = [line for line in dict.fromkeys(lines) if line]
-    paths = [Path(listing.path(i)) for i in range(len(listing))]
-    stems = [path.stem for path in paths]
+    files = [listing.file(i) for i in range(len(listing))]
+    stems = [data.name_of(file) for file in files]
     # exact names win over ids: what comes later replaces what came before
     index = {stem[:11]: i for i, stem in enumerate(stems)}
     index.update((stem[1:12] if stem[0] == "Y" else stem, i) for i, stem in enumerate(stems))
     index.update((stem, i) for i, stem in enumerate(stems))
-    index.update((path.name, i) for i, path in enumerate(paths))
-    missing = [name for name in wanted if name not in index]
+    index.update((os.path.basename(file), i) for i, file in enumerate(files))
+    wanted = {name: index.get(name, index.get(data.name_of(name))) for name in wanted}
+    missing = [name for name in wanted if wanted[name] is None]
     if len(missing) == len(wanted):
         raise UserError(f"--clips {file}: none of its {len(wanted):,} ids is in {listing.name}")
     if missing:
         print(f"{len(missing):,} of {len(wanted):,} ids of {file} are not on disk, the first: {missing[0]}")
-    return listing.subset([index[name] for name in wanted if name in index])
+    return listing.subset([i for i in dict.fromkeys(wanted.values()) if i is not None])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def query(encoder, file, folder, top, views, workers, process, embedding=None, s
     those of `similarity`."""
     options = dict(views=views, workers=workers, process=process, seed=seed, embedding=embedding)
 
-    if not os.path.isfile(file):
+    if not data.is_clip(file):
         raise UserError(f"--query {file}: there is no such file")
     if not os.path.isdir(folder):
         raise UserError(f"--folder {folder}: there is no such folder")

@@ -1,6 +1,7 @@
 """AudioSet, by its official csv files: <part>_segments.csv and class_labels_indices.csv beside the clips."""
 from common import UserError
-from datasets.listing import by_id, list_found, read_rows, scan
+from datasets.files import by_id, scan
+from datasets.listing import list_found, read_rows
 
 LABELS = "class_labels_indices.csv"
 
@@ -29,4 +30,4 @@ def list_audioset(folder, split, parts):
     index = by_id(files)
     found = [(index.get(clip), labels) for clip, labels in rows]
     names = [name for _, name in sorted(classes.values())]
-    return list_found(folder, found, names, multilabel=True, notes=files.trouble())
+    return list_found(files, found, names, multilabel=True)

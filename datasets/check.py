@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from common import UserError
 from datasets.batches import LOOK, Loader, Troubles, eval_loader
-from datasets.listing import describe, printable
+from datasets.files import printable
+from datasets.listing import describe
 from datasets.reader import ClipError, open_clip
 from datasets.views import even_views
 
@@ -57,10 +58,10 @@ def look(clip, path):
     return has_video, has_audio, seconds, said
 
 
-def read_part(clip, video_windows, audio_windows):
+def read_part(clip, video_windows, audio_windows, size=16):
     """What Clip.read says of windows of one stream; None where nothing of that decodes."""
     try:
-        return clip.read(video_windows, audio_windows, num_frames=1, size=16, sample_rate=16000)
+        return clip.read(video_windows, audio_windows, num_frames=1, size=size, sample_rate=16000)
     except ClipError as e:
         if NOTHING in str(e):
             return None

@@ -4,7 +4,8 @@ import os
 import re
 from typing import NamedTuple
 
-from datasets.listing import few, identity, list_found, make_listing, number_of, plural, scan
+from datasets.files import bare, few, plural, scan
+from datasets.listing import list_found, number_of
 
 PARTS = {"train": ("train", "training"),
          "val": ("val", "valid", "validation", "validate", "eval", "evaluation", "dev"),
@@ -22,12 +23,12 @@ class Row(NamedTuple):
 def list_folder(folder, split):
     """train/, val/ and test/ are the splits, by any of their names and in any case, and the folders in them
     the classes; where there is no such folder, the sub-folders are the classes, and one clip in five, by a
-    hash of its path, is held out for the test. One folder around all of these is looked through. Without
-    sub-folders there are no labels, and all clips are in each split. The validation clips are the held-out
-    ones of the training split, or the test where that is missing. 'all' takes each clip, and has labels where
-    each has one."""
+    hash of its path without its ending, is held out for the test. One folder around all of these is looked
+    through. Without sub-folders there are no labels, and all clips are in each split. The validation clips
+    are the held-out ones of the training split, or the test where that is missing. 'all' takes each clip, and
+    has labels where each has one."""
     files = scan(folder)
-    kept, copies = without_copies(folder, files)
+    kept, copies = without_copies(files)
     around = find_around(kept)
     paths = [file[len(around):] for file in kept]               # below the folder around them
     splits = find_splits(paths)
@@ -59,11 +60,11 @@ def list_folder(folder, split):
         notes.append(f"left out: {', '.join(left_out)}")
 
     if not has_labels:
-        return make_listing("", folder, [row.file for row in chosen], None, [], notes=tuple(notes))
+        return list_found(files, [(row.file, None) for row in chosen], [], notes=tuple(notes))
     number = number_of(classes)
     found = [(row.file, [number[row.label]]) for row in labelled]
     held = [row.part == "val" for row in labelled]
-    return list_found(folder, found, classes, held=held if any(held) else None, notes=tuple(notes))
+    return list_found(files, found, classes, held=held if any(held) else None, notes=tuple(notes))
 
 
 def choose(rows, split, splits, classes):
@@ -158,20 +159,20 @@ def read_classes(files):
 
 
 def split_by_hash(file):
-    """A new clip moves no other one to the other side."""
-    held_out = hashlib.sha256(os.fsencode(file)).digest()[0] % 5 == 0
+    """A new clip moves no other one to the other side, and another ending not this one."""
+    held_out = hashlib.sha256(os.fsencode(bare(file))).digest()[0] % 5 == 0
     return "test" if held_out else "train"
 
 
-def without_copies(folder, files):
+def without_copies(files):
     """(files, those left out): a link to a clip that is there already is no second clip."""
     there = set()
     if files.links:
-        there = {identity(os.path.join(folder, file)) for file in files if file not in files.links}
+        there = {files.place(file) for file in files if file not in files.links}
     kept = []
     copies = []
     for file in files:
-        target = identity(os.path.join(folder, file)) if file in files.links else None
+        target = files.place(file) if file in files.links else None
         if target in there:
             copies.append(file)
         else:

@@ -5,11 +5,14 @@ import os
 from pathlib import Path
 
 from common import UserError
-from datasets.listing import Files, few, find_by_name_or_id, is_media, list_found, number_of
-from datasets.listing import plural, read_columns, read_lines, scan, whole
+from datasets.files import Files, bare, by_path, few
+from datasets.files import find_by_name_or_id, is_media, plural, scan, without_ending
+from datasets.listing import list_found, number_of, read_columns, read_lines, whole
 
 # Of a split's list or folder; the first that is there counts.
 NAMES = {"train": ["train"], "test": ["val", "validate", "validation"]}
+LISTS = ("train.csv", "train.txt", "val*.csv", "val*.txt", "classes.txt")
+KINETICS_LISTS = (*LISTS, *[f"annotations/{name}" for name in LISTS])
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
 
@@ -32,9 +35,9 @@ def list_kinetics(folder, split):
     classes, number = number_labels(folder, labels, lists[split])
     official, rows = read[split]
     find = find_clips if official else find_paths
-    files, notes = find(folder, [clip for clip, _ in rows])
-    found = [(file, [number[label]]) for file, (_, label) in zip(files, rows)]
-    return list_found(folder, found, classes, notes=notes)
+    files, chosen = find(folder, [clip for clip, _ in rows])
+    found = [(file, [number[label]]) for file, (_, label) in zip(chosen, rows)]
+    return list_found(files, found, classes)
 
 
 def find_lists(folder):
@@ -115,35 +118,40 @@ def read_classes(path, highest):
 
 
 def find_clips(folder, names):
-    """(the file of each name, or None; notes)"""
+    """(the Files there, the one of each name, or None)"""
     files = scan(folder)
     # Of one name the last counts: the folder "replacement" holds whole copies of broken clips.
     files.sort(key=lambda file: "replacement" in Path(file).parts)
-    return find_by_name_or_id(files, names), files.trouble()
+    return files, find_by_name_or_id(files, names)
 
 
 def find_paths(folder, paths):
-    """(each of the paths, or None where there is no such file; notes)"""
+    """(the Files there, the one of each path, or None): of just this path, else of it with one more ending,
+    else with another one. a.avi may have become a.mp4, and beside another a.mp4 it has become a.avi.mp4."""
     paths = [os.path.normpath(path) for path in paths]
     relative = [path for path in paths if not os.path.isabs(path)]
-    files = scan(folder) if relative else Files()
-    there = set(files)
+    files = scan(folder) if relative else Files(folder)
+    there = {file: file for file in files}
+    longer = {without_ending(file): file for file in files}
+    others = by_path(files)
     found = []
     for path in paths:
-        is_there = os.path.isfile(path) if os.path.isabs(path) else path in there
-        found.append(path if is_there else None)
-    return found, files.trouble()
+        if os.path.isabs(path):
+            found.append(path if os.path.isfile(path) else None)
+        else:
+            found.append(there.get(path) or longer.get(path) or others.get(bare(path)))
+    return files, found
 
 
 def list_class_folders(folder, split):
     """Without lists: <split>/<class>/<file>, where the test's folder is the first of its names that is
     there, in any case."""
+    files = scan(folder)
     tops = {}
-    for name in sorted(os.listdir(folder)):
+    for name in sorted({Path(file).parts[0] for file in files}):
         tops.setdefault(name.lower(), name)
     there = [tops[name] for name in (*NAMES["test"], "test") if name in tops]
     parts = {"train": tops.get("train"), "test": there[0] if there else None}
-    files = scan(folder)
     classes = set()
     rows = []                                                   # (file, class) of the split
     loose = []
@@ -165,4 +173,4 @@ def list_class_folders(folder, split):
         notes += (f"left out: {plural(loose, 'clip')} without a class folder: {few(loose)}",)
     classes = sorted(classes)
     number = number_of(classes)
-    return list_found(folder, [(file, [number[c]]) for file, c in rows], classes, notes=notes)
+    return list_found(files, [(file, [number[c]]) for file, c in rows], classes, notes=notes)

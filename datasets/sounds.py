@@ -1,7 +1,7 @@
 """Sets of sound alone: ESC-50, Speech Commands, FSD50K."""
 from common import UserError
-from datasets.listing import by_path, list_found, number_of, read_columns, read_rows, scan, whole
-from datasets.listing import without_ending
+from datasets.files import bare, by_path, scan
+from datasets.listing import list_found, number_of, read_columns, read_rows, whole
 
 
 def list_esc50(folder, split):
@@ -20,15 +20,10 @@ def list_esc50(folder, split):
     if len(classes) > len(categories) or len(number) < len(classes):
         raise UserError(f"{path}: a target has two categories, or two targets the same one; "
                         "take the data set's own csv")
-    files, notes = files_below(folder, "audio")
-    found = [(files.get(without_ending(name)), [number[category]]) for name, _, _, category in rows]
-    return list_found(folder, found, classes, fold=[whole(fold) for _, fold, _, _ in rows], notes=notes)
-
-
-def files_below(folder, part):
-    """({path below folder/part, without its ending: the file's path below folder}, notes)"""
-    files = scan(folder / part)
-    return {name: f"{part}/{file}" for name, file in by_path(files).items()}, files.trouble()
+    files = scan(folder, "audio")
+    index = by_path(files)
+    found = [(index.get(bare(f"audio/{name}")), [number[category]]) for name, _, _, category in rows]
+    return list_found(files, found, classes, fold=[whole(fold) for _, fold, _, _ in rows])
 
 
 def list_speechcommands(folder, split):
@@ -47,13 +42,12 @@ def list_speechcommands(folder, split):
     found = [(files[name], [number[name.split("/")[0]]]) for name in names]
     listed = testing if split == "test" else validation
     held = None if split == "test" else [name in validation for name in names]
-    return list_found(folder, found, words, missing=len(listed - files.keys()), held=held,
-                      notes=scanned.trouble())
+    return list_found(scanned, found, words, missing=len(listed - files.keys()), held=held)
 
 
 def read_names(path):
     """The names word/file of a list, without their endings, as a set."""
-    names = {without_ending(row[0]) for row in read_rows(path)}
+    names = {bare(row[0]) for row in read_rows(path)}
     if any(name.count("/") != 1 for name in names):
         raise UserError(f"{path}: a row is not of the form word/file.wav; take the data set's own list")
     return names
@@ -71,11 +65,11 @@ def list_fsd50k(folder, split):
     labels = [read_labels(path, row[1], number) for row in rows]
     if any(row[2:] not in ((), ("train",), ("val",)) for row in rows):
         raise UserError(f"{path}: a split is neither train nor val; take the data set's own csv")
-    files, notes = files_below(folder, f"FSD50K.{part}_audio")
-    found = [(files.get(row[0]), indices) for row, indices in zip(rows, labels)]
+    files = scan(folder, f"FSD50K.{part}_audio")
+    index = by_path(files)
+    found = [(index.get(f"FSD50K.{part}_audio/{row[0]}"), indices) for row, indices in zip(rows, labels)]
     held = [row[2] == "val" for row in rows] if part == "dev" else None
-    return list_found(folder, found, sorted(number, key=number.get), multilabel=True, held=held,
-                      notes=notes)
+    return list_found(files, found, sorted(number, key=number.get), multilabel=True, held=held)
 
 
 def read_vocabulary(path):

@@ -3,7 +3,11 @@ import json
 import os
 
 from common import UserError
-from datasets.listing import by_name, list_found, scan
+from datasets.files import by_name, scan
+from datasets.listing import list_found
+
+LISTS = ("*labels.json", "*train.json", "*validation.json")
+SSV2_LISTS = (*LISTS, *[f"labels/{name}" for name in LISTS])
 
 
 def list_ssv2(folder, split):
@@ -26,7 +30,7 @@ def list_ssv2(folder, split):
     files = scan(folder)
     index = by_name(files)
     found = [(index.get(clip), [number[template]]) for clip, template in rows]
-    return list_found(folder, found, sorted(number, key=number.get), notes=files.trouble())
+    return list_found(files, found, sorted(number, key=number.get))
 
 
 def read_numbers(path, labels):

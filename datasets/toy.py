@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common import UserError, end_workers
 from datasets.batches import Loader
+from datasets.files import scan
 from datasets.listing import list_found
 from datasets.reader import reason_of
 
@@ -44,7 +45,13 @@ def list_toy(folder, split):
     except Exception as e:                                      # numpy raises half a dozen kinds
         raise UserError(f"{path}: cannot be read ({type(e).__name__}); remove {folder}, and the toy clips "
                         "are written anew") from None
-    return list_found(folder, [(f"{split}/{i:05d}.mp4", [c]) for i, c in enumerate(labels)], TOY_CLASSES)
+    files = scan(folder, split)
+    there = set(files)
+    found = []
+    for i, label in enumerate(labels):
+        file = f"{split}/{i:05d}.mp4"
+        found.append((file if file in there else None, [label]))
+    return list_found(files, found, TOY_CLASSES)
 
 
 # ------------------------------------------------------------------------------------------------------------

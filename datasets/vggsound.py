@@ -2,7 +2,8 @@
 import os
 
 from common import UserError
-from datasets.listing import find_by_name_or_id, list_found, number_of, read_rows, scan, whole, without_ending
+from datasets.files import bare, find_by_name_or_id, scan
+from datasets.listing import list_found, number_of, read_rows, whole
 
 
 def list_vggsound(folder, split):
@@ -19,7 +20,7 @@ def list_vggsound(folder, split):
     files = scan(folder)
     chosen = find_by_name_or_id(files, [name for name, _ in rows])
     found = [(file, [number[label]]) for file, (_, label) in zip(chosen, rows)]
-    return list_found(folder, found, classes, notes=files.trouble())
+    return list_found(files, found, classes)
 
 
 def read_official(path):
@@ -45,5 +46,5 @@ def read_two_lists(folder):
         if any(len(row) != 2 for row in rows):
             raise UserError(f"{folder}: a row of train.csv or test.csv does not have the two fields "
                             "file, label")
-        out[split] = [(without_ending(file), label) for file, label in rows]
+        out[split] = [(bare(file), label) for file, label in rows]
     return out

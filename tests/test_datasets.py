@@ -16,7 +16,7 @@ import datasets.kinetics
 from common import UserError
 from conftest import fails, numbered, tone, write
 from datasets import check as checks
-from datasets import listing as listings
+from datasets import files as folders
 from datasets import toy as toys
 
 IDS = ("-0RWZT-miFs", "YxYxYxYxYxY", "a_b_c_d_e_f", "__________Z", "YYYYYYYYYY_")      # YouTube ids
@@ -335,7 +335,7 @@ def test_a_subset_keeps_what_belongs_to_its_clips(tmp_path):
     (None, ("__________", "abcdefghijkl", "Yabcdefghijkl"))])
 def test_a_youtube_id_is_read_from_each_form_of_a_name(found, stems):
     for stem in stems:
-        index = listings.by_id([f"x/{stem}.mp4"])
+        index = folders.by_id([f"x/{stem}.mp4"])
         assert index.get(found) == (f"x/{stem}.mp4" if found else None)
         assert found or not index
 
@@ -470,7 +470,7 @@ def test_a_link_adds_no_clip_that_is_there_already(tmp_path):
         both |= contents(listing)
     assert sorted(both) == files + [f"c/{i}.mp4" for i in range(4)]
     said = data.describe(listing)
-    assert "7 links to a folder that is here already: '0', 'a/other_self', 'a/self' and 4 more" in said
+    assert "7 links to a folder or tar that is here already: '0', 'a/other_self', 'a/self' and 4 more" in said
     assert "2 links to a clip that is here already: 'a/b1.mp4', 'c1.mp4'" in said
     assert "4 broken or no file: 'a/gone.mp4', 'a/pipe.mp4', 'broken' and 1 more" in said
 
@@ -510,7 +510,7 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch, name, case)
             raise PermissionError(13, "Permission denied")
         return really(path)
 
-    monkeypatch.setattr(listings.os, "scandir", scandir)
+    monkeypatch.setattr(folders.os, "scandir", scandir)
     listing = data.list_clips(name, tmp_path)
     assert len(listing) == len(layout.rows["train"])
     assert "1 folder not readable: 'private'" in data.describe(listing)

@@ -567,8 +567,8 @@ class Run:
 
         self.made = data.find_set(args.data).make is not None
         if self.made:                                  # rank 0 writes the clips, the others wait
-            self.process.from_main(self.make_clips)
-        self.listing = data.list_clips(args.data, args.data_dir)
+            self.process.from_main(self.list_clips)
+        self.listing = self.list_clips()
         self.described = data.describe(self.listing)
         if clips and clips < len(self.listing):
             self.described += f", of which {clips:,} are trained on (--clips)"
@@ -583,8 +583,8 @@ class Run:
         self.total = recipe["steps"] or max(1, round(recipe["epochs"] * per_epoch))
         recipe["steps"] = self.total
 
-    def make_clips(self):
-        data.list_clips(self.args.data, self.args.data_dir)
+    def list_clips(self):
+        return data.list_clips(self.args.data, self.args.data_dir)
 
     # -- before the loop -----------------------------------------------------------------------------------
 
@@ -603,12 +603,7 @@ class Run:
         """Make the folder, and go on from the checkpoint that a stopped run left there, or make a
         finished one longer. A run with other recipe values than the ones asked for is refused, not written
         over. Under torchrun all processes must see the same folder."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out {self.out}: cannot be made ({e.strerror})") from None
-        self.process.from_main(self.lock)
-        found = self.find()
+        found = self.open_folder()
         self.start = found["step"] if found else 0
         self.done = self.start                         # steps ...
         here = [self.out.resolve(), (self.out / "latest.pt").resolve()]
@@ -630,6 +625,15 @@ class Run:
                 load_probe(self.online, found["online_probe"], file)
             self.found = {key: found[key] for key in ("inputs", "args", "recipe")}
             self.say_world(model, found.get("world", self.world))
+
+    def open_folder(self):
+        """Make the folder and lock it. Returns the checkpoint to go on from, None if there is none."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {self.out}: cannot be made ({e.strerror})") from None
+        self.process.from_main(self.lock)
+        return self.find()
 
     def find(self):
         """The checkpoint to go on from, None if there is none."""
@@ -702,9 +706,7 @@ class Run:
             raise UserError(f"{self.out}: the run there has other inputs than its recipe makes here, as of "
                             "another version of the code; give another --out, or --fresh")
         self.weigh = weigh
-        clips = data.Clips(self.listing, inputs, plan, args.seed)
-        pin = self.device.type == "cuda"
-        self.batches = iter(data.train_loader(clips, self.order, self.workers, pin, args.accumulate))
+        self.batches = self.load(plan)
         self.fetched = []                              # the micro-batches of a step
         self.error = None                              # what ends the run when the next step is to begin
         self.draw = draw
@@ -720,6 +722,12 @@ class Run:
         self.stopped = False
         self.troubles = data.Troubles(len(self.listing), args.max_bad)
         self.open_log()
+
+    def load(self, plan):
+        """An iterator over the micro-batches of all steps that are left."""
+        clips = data.Clips(self.listing, self.inputs, plan, self.args.seed)
+        pin = self.device.type == "cuda"
+        return iter(data.train_loader(clips, self.order, self.workers, pin, self.args.accumulate))
 
     def say(self, line):
         """Print a line, on rank 0 alone."""
@@ -1043,12 +1051,16 @@ class Run:
 
     # -- after the loop ------------------------------------------------------------------------------------
 
+    def close(self):
+        """End the data workers and the thread of the masks; signals are handled as before."""
+        self.batches.close()
+        self.pool.shutdown()
+        self.stop.release()
+
     def finish(self, report):
         """The curves, and for a set that we make ourselves the table: report(folder, data folder, process,
         workers, set)."""
-        self.batches.close()                           # ends the data workers
-        self.pool.shutdown()
-        self.stop.release()
+        self.close()
         if self.stopped or not self.process.main:
             return
         if self.stop:

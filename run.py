@@ -1109,7 +1109,8 @@ def flag_groups(parser):
     groups[-1]("--device", default="auto", help="auto, cpu, mps or cuda")
     groups[-1]("--bf16", action=argparse.BooleanOptionalAction,
         help="matrix products in bf16 (default: where the device computes in it)")
-    groups[-1]("--workers", type=int, help="processes that decode (default: by the cores)")
+    groups[-1]("--workers", type=int, help="processes that decode, 0: none (default: on a CPU half of the "
+        "cores, of two both; beside GPUs all but one for each; at most 16 a process)")
     return groups
 
 

@@ -22,6 +22,7 @@ TRAIN = "--steps 2 --batch-size 4 --recipe toy --size toy --workers 1 --log-ever
 SHRINK = {
     **dict.fromkeys(METHODS, TRAIN),
     "data.py": "--workers 1",
+    "bench.py": "--recipe toy --size nano --batch-size 2",
     "probe.py": "--workers 1",
     "pixels.py": "--workers 1 --epochs 1 --batch-size 4",
     "retrieval.py": "--views 1 --workers 1",
@@ -166,9 +167,24 @@ def train(place, folder):
     assert code == 0, shown[-2000:]
 
 
+PREPARED = {"small/": "--data folder --data-dir clips/", "shards/": "--data vggsound --data-dir vggsound/"}
+
+
+def prepare(place, folder):
+    """A folder that `data.py --prepare` writes, if there is none yet."""
+    if not (place / folder).exists():
+        flags = [*PREPARED[folder].split(), "--prepare", folder, "--workers", "1"]
+        code, shown = run([sys.executable, str(ROOT / "data.py"), *flags], place)
+        assert code == 0, shown[-2000:]
+
+
 def shrink(words, script):
     """The same command, small."""
     small = [*words, *SHRINK[script].split()]
+    if "--shards" in small:
+        small[small.index("--shards") + 1] = "2"
+    if script == "bench.py":
+        small += ["--clips", "2"] if words[0] == "data" else ["--count", "1"]
     if "--accumulate" in small:
         small[small.index("--accumulate") + 1] = "2"
     if script in METHODS and "--out" not in words:
@@ -188,6 +204,9 @@ def test_command_of_the_pages_runs(place, line):
     script = words[at]
     for folder in re.findall(r"--(?:ckpt|init) (\S+)", line):
         train(place, folder)
+    for folder in re.findall(r"--data-dir (\S+)", line):
+        if folder in PREPARED:
+            prepare(place, folder)
     if "curves" in words:
         for folder in re.findall(r"runs/\S+", line):
             train(place, folder)
@@ -213,7 +232,7 @@ def test_command_of_the_pages_runs(place, line):
 
 def test_the_readme_has_a_command_for_each_thing_that_a_newcomer_wants():
     lines = commands(README)
-    for start in ("python data.py", "python probe.py", "python pixels.py", "python retrieval.py",
+    for start in ("python data.py", "python bench.py", "python probe.py", "python pixels.py", "python retrieval.py",
                   "python visualize.py attention", "python visualize.py pca", "python visualize.py map",
                   "python visualize.py curves", "python reproduce.py methods", "torchrun --nnodes",
                   "python -m pytest"):
@@ -267,6 +286,9 @@ def test_every_flag_that_a_page_gives_a_script_exists(page):
         script = f"{script.split()[-1]}.py"
         if script.startswith(("figures", "-")) or not flags:
             continue
-        source = (ROOT / script).read_text() + (ROOT / "run.py").read_text()
+        names = [script, "run.py"]
+        if script == "bench.py":                        # it takes the flags of all methods
+            names += METHODS
+        source = "".join((ROOT / name).read_text() for name in names)
         for flag in re.findall(r"(?<!\S)(--[a-z-]+)", flags):
             assert f'"{flag}"' in source, (script, flag)

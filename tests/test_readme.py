@@ -232,10 +232,10 @@ def test_command_of_the_pages_runs(place, line):
 
 def test_the_readme_has_a_command_for_each_thing_that_a_newcomer_wants():
     lines = commands(README)
-    for start in ("python data.py", "python bench.py", "python probe.py", "python pixels.py", "python retrieval.py",
-                  "python visualize.py attention", "python visualize.py pca", "python visualize.py map",
-                  "python visualize.py curves", "python reproduce.py methods", "torchrun --nnodes",
-                  "python -m pytest"):
+    for start in ("python data.py", "python bench.py", "python probe.py", "python pixels.py",
+                  "python retrieval.py", "python visualize.py attention", "python visualize.py pca",
+                  "python visualize.py map", "python visualize.py curves",
+                  "python reproduce.py methods", "torchrun --nnodes", "python -m pytest"):
         assert any(line.startswith(start) for line in lines), start
     for script in METHODS:
         assert any(line.startswith(f"python {script}") for line in lines), script

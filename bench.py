@@ -43,7 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 METHODS = ("ajepa", "avjepa_lejepa", "mjepa", "avjepa_ncsu")
 NOWHERE = os.devnull                    # the folder of a run that keeps nothing
 WARM_UP = 2                             # steps that are not timed; with --compile twice as many
-LEAST, MOST = 3, 20                     # timed steps, without --count ...
+LEAST = 3                               # timed steps, without --count ...
+MOST = 20
 ENOUGH = 30.0                           # ... and the seconds after which no more of them begin
 COUNTED = 3                             # steps whose FLOP are counted: the masks of each hide another number
 CLIP_SECONDS = 10.0                     # length of a made-up clip
@@ -176,7 +177,7 @@ class Bench(Run):
     def now(self):
         """Seconds, once the device has done what it was given."""
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def foresee(self):

@@ -180,7 +180,7 @@ def main(argv=None):
     check_range("--hop", args.hop, 1, 10 ** 6)
     check_range("--seconds", args.seconds, 0.1, 3600)
     check_range("--clips", args.clips, 1, 10 ** 9)
-    if args.prepare:
+    if args.prepare is not None:
         how = Coding(args.side, args.fps, args.gop, args.sample_rate, args.shards)
         check_range("--side", how.side, 16, 4096)
         check_range("--fps", 1 if how.fps is None else how.fps, 1, 240)

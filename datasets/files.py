@@ -138,7 +138,7 @@ def read_tars(files, part):
     there = set(files)
     read = set()
     paths = [os.path.join(files.folder, tar) for tar in files.tars]
-    known = all(shards.is_indexed(path) for path in paths)
+    known = all(os.path.exists(f"{path}{shards.INDEX}") for path in paths)
     for number, path in enumerate(tqdm(paths, desc="index of the tars", unit="tar", disable=known, delay=1)):
         tar = files.tars[number]
         try:

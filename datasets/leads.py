@@ -89,20 +89,28 @@ class SoundLead(Lead):
     def __init__(self, gaps):
         super().__init__()
         self.gaps = gaps
+        self.gap = None                                         # in which the packets held back lie
         self.decodes = False                                    # has something been decoded?
 
     def add(self, packet, time):
         """A list of the packets to decode now."""
         if time is None:                                        # or the last packet, which is empty
             self.gaps = []
-        self.held.append((time, packet))
-        if not any(begin < time < end for begin, end in self.gaps):
+        before = self.gap
+        self.gap = next(((begin, end) for begin, end in self.gaps if begin < time < end), None)
+        if self.gap is None:
             self.decodes = True
+            self.held.append((time, packet))
             return self.rest()
+        out = []
+        if self.held and self.gap != before:                    # the last packet spans the window between
+            self.decodes = True
+            out = self.rest()
+        self.held.append((time, packet))
         while len(self.held) > 1 and self.held[1][0] < time - PREROLL:
             self.held.popleft()
             self.left_out = self.decodes
-        return self.rest() if len(self.held) > HELD else []
+        return self.rest() if len(self.held) > HELD else out
 
 
 def drain(packet):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common import UserError, one_thread
 from datasets import shards
 from datasets.batches import Loader, tell
-from datasets.files import plural, printable, without_ending
+from datasets.files import few, plural, printable, scan, without_ending
 from datasets.reader import ClipError, open_clip, reason_of
 from datasets.rewrite import rewrite
 
@@ -34,6 +34,7 @@ VERSION = 1             # of what is written: another one is another preparation
 SETTINGS = "prepared.json"
 BAD = "bad.txt"
 WRONG = {errno.EINVAL, errno.ENOMEM, errno.EDOM, errno.ERANGE}      # of the encoder; others are of the disk
+NAMES = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}     # of a name that cannot be given
 
 
 class Shard(NamedTuple):
@@ -82,8 +83,13 @@ class Writer(IterableDataset):
         ending, row = yield from self.write_clip(i, temporary)
         if ending:
             path = self.out / (name_at(self.names, i) + ending)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, path)
+            except OSError as e:
+                if e.errno not in NAMES:
+                    raise
+                row = Row("bad", i, f"{path}: cannot be the name of a clip ({reason_of(e)})")
         yield row
 
     def write_shard(self, shard, temporary):
@@ -93,6 +99,8 @@ class Writer(IterableDataset):
         with open(part, "ab") as file:
             with contextlib.suppress(OSError):                  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)                # a worker may outlive its killed process
+            if path.exists():                                   # that worker has made it whole
+                raise OSError(errno.EEXIST, "another process has just written there")
             file.truncate(shard.size)
             file.seek(0, os.SEEK_END)
             with tarfile.open(fileobj=file, mode="w") as tar:
@@ -101,7 +109,8 @@ class Writer(IterableDataset):
                     if ending:
                         self.add_members(tar, ending, row, temporary)
                     yield row
-        os.replace(part, path)
+            file.flush()
+            os.replace(part, path)                              # before the lock is given up
         shards.read_index(path)                                 # writes it
 
     def write_clip(self, i, temporary):
@@ -124,7 +133,7 @@ class Writer(IterableDataset):
         if self.listing.labels is not None:
             classes = [self.listing.classes[c] for c in self.listing.clip_labels(row.index)]
         about = {
-            "file": name_at(self.listing.files, row.index),
+            "file": self.listing.file(row.index),
             "classes": classes,
             "seconds": round(row.seconds, 3)}
         with open(temporary, "rb") as clip:
@@ -177,7 +186,7 @@ def find_prepared(names, out, how):
         for i in range(len(names)):
             for ending in (".mp4", ".wav"):
                 path = out / (name_at(names, i) + ending)
-                with contextlib.suppress(FileNotFoundError):
+                if os.path.isfile(path):
                     yield i, path, path.stat().st_size
         return
     place = {name_at(names, i): i for i in range(len(names))}
@@ -203,6 +212,8 @@ def find_work(names, out, how):
             if name.endswith(".json"):                          # a clip's second member
                 whole[os.fsencode(without_ending(name))] = math.ceil((offset + size) / 512) * 512
         has = np.array([bytes(names[i]) in whole for i in block])
+        if len(whole) > has.sum():
+            raise damaged(path)
         done = len(block) if path.exists() else has.nonzero()[0].max(initial=-1) + 1
         left_out += block[:done][~has[:done]].tolist()
         if not path.exists():
@@ -211,18 +222,30 @@ def find_work(names, out, how):
 
 
 def members_of(path):
-    """Those of a tar, or of what there is of it."""
+    """Those of a tar, or of what there is of it. UserError where a whole one is none."""
     if path.exists():
-        return shards.read_index(path)
+        try:
+            members = shards.read_places(path)
+        except tarfile.TarError:
+            raise damaged(path) from None
+        if shards.REST in members[-1:]:
+            raise damaged(path)
+        return members
     with contextlib.suppress(FileNotFoundError, tarfile.ReadError):     # it was not begun, or is empty
         return shards.read_members(part_of(path))
     return []
 
 
+def damaged(path):
+    return UserError(f"{path}: is damaged, or holds other clips; remove it, and the same command writes it "
+                     "anew")
+
+
 def read_bad(out):
     """{file: reason} of the last run."""
-    with contextlib.suppress(OSError):
-        return dict(line.split("\t", 1) for line in (out / BAD).read_text().splitlines())
+    with contextlib.suppress(OSError, ValueError):              # whoever has edited it
+        lines = (out / BAD).read_text(encoding="utf-8").splitlines()
+        return dict(line.split("\t", 1) for line in lines)
     return {}
 
 
@@ -232,7 +255,7 @@ def write_bad(out, files, bad):
     with contextlib.suppress(OSError):                          # a full disk has been told of
         (out / BAD).unlink(missing_ok=True)
         if lines:
-            put(out / BAD, lambda path: path.write_text("".join(lines)))
+            put(out / BAD, lambda path: path.write_text("".join(lines), encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -243,48 +266,63 @@ def prepare(listing, lists, out, how, workers):
     """Write all clips of a listing into the folder `out`, as `how`, a Coding, says, and copy the set's lists
     (glob patterns). Says what came of it. Raises UserError where something else lies there, or nothing can be
     written."""
-    began = time.monotonic()
     out = Path(out)
-    files = [name_at(listing.files, i) for i in range(len(listing))]
+    files = [listing.file(i) for i in range(len(listing))]
     names = np.array([os.fsencode(name) for name in new_names(files)], np.bytes_)
-    written = 0
-    seconds = 0.0
     try:
         check_places(listing, files, out, how)
         out.mkdir(parents=True, exist_ok=True)
-        with lock(out) as file:
-            check_settings(file, listing, out, how)
+        with lock(out) as settings:
+            check_settings(settings, listing, out, how)
             copy_lists(Path(listing.root), lists, out)
-            work, left_out = find_work(names, out, how)
-            told = read_bad(out)
-            bad = {i: told.get(printable(files[i]), "left out by an earlier run") for i in left_out}
-            left = sum(len(each.clips) for each in work) if how.shards else len(work)
-            there = len(files) - left - len(bad)
-            rows = Loader(Writer(listing, names, out, how, work), min(workers, len(work)), batch_size=None,
-                          in_order=False)
-            try:
-                with tqdm(total=len(files), initial=len(files) - left, desc="prepare", unit="clip") as bar:
-                    for row in rows:
-                        if row is None:
-                            continue
-                        if row.kind == "full":
-                            raise cannot_write(out, row.reason)
-                        if row.kind == "bad":
-                            bad[row.index] = row.reason
-                            tell(printable(f"bad clip: {row.reason}"))
-                        written += row.kind == "written"
-                        seconds += row.seconds
-                        bar.update()
-            finally:
-                write_bad(out, files, bad)
+            write_clips(listing, files, names, out, how, workers)
+            name_strays(names, out)
     except OSError as e:
         raise cannot_write(out, reason_of(e)) from None
+    compare(listing, names, out, how)
+
+
+def write_clips(listing, files, names, out, how, workers):
+    """Write the clips that are not there. Says how many those are, and which are bad."""
+    began = time.monotonic()
+    work, left_out = find_work(names, out, how)
+    left = sum(len(shard.clips) for shard in work) if how.shards else len(work)
+    told = read_bad(out)
+    bad = {i: told.get(printable(files[i]), "left out by an earlier run") for i in left_out}
+    there = len(files) - left - len(bad)
+    written = 0
+    seconds = 0.0
+    writer = Writer(listing, names, out, how, work)
+    rows = Loader(writer, min(workers, len(work)), batch_size=None, in_order=False)
+    try:
+        with tqdm(total=len(files), initial=len(files) - left, desc="prepare", unit="clip") as bar:
+            for row in rows:
+                if row is None:
+                    continue
+                if row.kind == "full":
+                    raise cannot_write(out, row.reason)
+                if row.kind == "bad":
+                    bad[row.index] = row.reason
+                    tell(printable(f"bad clip: {row.reason}"))
+                written += row.kind == "written"
+                seconds += row.seconds
+                bar.update()
+    finally:
+        write_bad(out, files, bad)
     wall = time.monotonic() - began
     print(f"{listing.name}: {written:,} clips written ({seconds / 3600:.2f} hours) in {wall:.1f} s, "
           f"{written / wall:.2f} a second; {there:,} were there")
     if bad:
         print(f"{plural(bad, 'bad clip')}: see {out / BAD}")
-    compare(listing, names, out, how)
+
+
+def name_strays(names, out):
+    """Say which clips there are of none that is to be prepared: it was removed, or has another name now."""
+    known = set(names.tolist())
+    strays = [file for file in scan(out) if os.fsencode(without_ending(file)) not in known]
+    if strays:
+        print(f"{plural(strays, 'clip')} there without an original: {few(strays)}; remove what should not be "
+              "trained on")
 
 
 def cannot_write(out, reason):
@@ -330,7 +368,8 @@ def check_settings(file, listing, out, how):
     """Write down in `file` what is being prepared. UserError where something else is written there."""
     settings = {"version": VERSION, "data": listing.name, **asdict(how)}
     if how.shards:                                              # a clip's tar hangs on those before it
-        settings["clips"] = hashlib.sha256(listing.files.tobytes()).hexdigest()[:16]
+        known = hashlib.sha256(listing.files.tobytes()).hexdigest()[:16]
+        settings["clips"] = f"{len(listing)} ({known})"
     file.seek(0)
     text = file.read()
     if not text:
@@ -358,7 +397,7 @@ def copy_lists(raw, lists, out):
 
 def compare(listing, names, out, how):
     """Say what the clips and the reading of them cost before and now, and how to train on them."""
-    prepared = list(find_prepared(names, out, how))
+    prepared = [row for row in find_prepared(names, out, how) if shards.is_clip(listing.path(row[0]))]
     if not prepared:
         return
     raw = 0

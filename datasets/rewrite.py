@@ -4,6 +4,7 @@ frames, and of its sound as FLAC, in packets of a second; without pictures a wav
 It is read by the reader, piece by piece, so that it holds what the reader shows of the original at the same
 seconds, whatever that one's clocks, codecs and holes are. The same clip becomes the same bytes."""
 import math
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,8 +17,8 @@ from datasets.reader import MAX_SECONDS, ClipError, open_clip
 
 CHUNK = 12.0            # seconds that are read at once: they cost memory
 FADE = 0.01             # seconds over which the sound of a piece goes over into the next one's
-FASTEST = 60            # frames a second, above which a file's rate is not believed ...
-USUAL = 25              # ... but this one is
+FASTEST = 60            # frames a second; of more each second one is left out, or the third, or fourth
+USUAL = 25              # frames a second of a file that says none, less than one, or more than 4 * FASTEST
 LONGEST = 65535         # samples of a packet of FLAC
 TICKS = 100             # of the mp4's clock in a frame, over the denominator of the frame rate
 
@@ -77,7 +78,8 @@ def frame_rate(video, most):
     rate = Fraction(video and video.average_rate or USUAL)
     guess = Fraction(video and video.guessed_rate or rate)      # of a file with few frames the average is off
     rate = guess if abs(guess - rate) < rate / 50 else rate
-    rate = rate if 1 <= rate <= FASTEST else Fraction(USUAL)
+    rate = rate if 1 <= rate <= 4 * FASTEST else Fraction(USUAL)
+    rate /= math.ceil(rate / FASTEST)
     return min(rate, Fraction(most or rate)).limit_denominator(1001)
 
 
@@ -118,7 +120,8 @@ class Output:
         options = {"fflags": "+bitexact"}                       # no time of writing
         if shown:
             options |= {"movflags": "+faststart", "movie_timescale": str(self.rate)}
-        self.container = av.open(str(path), "w", format="mp4" if shown else "wav", options=options)
+        path = os.path.abspath(path)                            # FFmpeg would take "a:b" for a protocol
+        self.container = av.open(path, "w", format="mp4" if shown else "wav", options=options)
         self.video = self.add_video(shown["video"][0].shape[1:3], how.gop) if shown else None
         self.audio = self.add_audio("flac" if shown else "pcm_s16le") if heard else None
         begin = shown["reach"]["video"][0] if shown else math.inf
@@ -164,7 +167,8 @@ class Output:
         """The samples to write of a piece, of which the first is sample `place`. Those from `until` on are
         held: over them the sound goes over into that of the next piece, whose samples may lie between them.
         """
-        wave, self.held = self.held, self.held[:0]
+        wave = self.held
+        self.held = wave[:0]
         begin, end = (round(seconds * self.rate) for seconds in read["reach"]["audio"] or (0, 0))
         if end <= place or self.samples is None and begin >= until:
             return wave                                         # none of the piece is heard

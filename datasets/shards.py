@@ -85,48 +85,45 @@ def read_places(path):
     """read_headers by the file beside the tar, which is written where it is not there, or of another tar."""
     members = load_index(path)
     if members is None:
+        tar = stamp(path)
         members = read_headers(path)
         if REST not in members[-1:]:                            # else it may still be written
             with contextlib.suppress(OSError):                  # a folder that is read-only
-                write_index(path, members)
+                write_index(path, members, tar)
     return members
 
 
-def is_indexed(path):
-    """Whether there is an index that is not older than the tar."""
-    try:
-        return os.path.getmtime(f"{path}{INDEX}") >= os.path.getmtime(path)
-    except OSError:
-        return False
+def stamp(path):
+    """{what tells one tar from another: its bytes and the time of its last change}"""
+    status = os.stat(path)
+    return {"size": status.st_size, "changed": status.st_mtime_ns}
 
 
 def load_index(path):
     """The members by the file beside the tar; None where that does not hold the places of this tar."""
-    if not is_indexed(path):
-        return None
     try:
-        size = os.path.getsize(path)
+        tar = stamp(path)
         with open(f"{path}{INDEX}", encoding="utf-8") as file:
             found = json.load(file)
         members = [(name, offset, length) for name, offset, length in found["members"]]
         for name, offset, length in members:
             if not (type(name) is str and type(offset) is type(length) is int):
                 return None
-            if not 0 <= offset <= offset + length <= size:
+            if not 0 <= offset <= offset + length <= tar["size"]:
                 return None
-        return members if found["size"] == size else None
+        return members if {key: found[key] for key in tar} == tar else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
-def write_index(path, members):
-    """Under a temporary name of one's own, then by a rename: of two that write it at once, one wins. Raises
-    OSError."""
+def write_index(path, members, tar):
+    """Under a temporary name of one's own, then by a rename: of two that write it at once, one wins. tar: its
+    stamp before the members were read. Raises OSError."""
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}{INDEX}.{uuid.uuid4().hex[:12]}.part")
     try:
         with open(temporary, "x", encoding="utf-8") as file:
-            json.dump({"size": os.path.getsize(path), "members": members}, file)
+            json.dump({**tar, "members": members}, file)
         os.replace(temporary, f"{path}{INDEX}")
     except BaseException:
         with contextlib.suppress(OSError):

@@ -36,10 +36,8 @@ class BenchUntilBegin(bench.Bench):
 
 
 def begun(patch, method, *flags):
-    """The bench of a script with a small predictor, as far as it came."""
+    """The bench of a script, as far as it came."""
     script = importlib.import_module(method)
-    if "pred_depth" in script.RECIPE:
-        patch.setitem(script.RECIPE, "pred_depth", (2, 2, ""))
     patch.setattr(script, "Run", functools.partial(BenchUntilBegin, None, True))
     with pytest.raises(Begun) as e:
         script.main(["--out", bench.NOWHERE, "--no-online-probe", "--device", "cpu", *flags])
@@ -167,14 +165,22 @@ def check_block(shown, clips, counted):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty one, to work in; FLOP are counted of one step."""
+    """An empty one, to work in; predictors are shallow, one step warms up, FLOP are counted of one, and the
+    peak is not measured."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "COUNTED", 1)
+    monkeypatch.setattr(bench, "WARM_UP", 1)
+    monkeypatch.setattr(bench, "measure_product", lambda *args: 1e12)
+    for method in bench.METHODS:
+        recipe = importlib.import_module(method).RECIPE
+        if "pred_depth" in recipe:
+            monkeypatch.setitem(recipe, "pred_depth", (2, 2, ""))
     return tmp_path
 
 
 @METHODS
-def test_a_bench_says_what_a_step_costs_and_leaves_no_file(method, folder, capsys):
+def test_a_bench_says_what_a_step_costs_and_leaves_no_file(method, folder, monkeypatch, capsys):
+    monkeypatch.setattr(bench.Bench, "flops", lambda self: 1e9)         # the test above counts them
     bench.main([method, *TINY.split(), "--count", "1"])
     shown = capsys.readouterr().out
     check_block(shown, 4, 1)

@@ -24,9 +24,9 @@ from test_data import click_time
 from test_reader import AAC, H264, SECONDS, WHOLE, assert_right, join, read, record, time_of
 
 # of test_reader's: guessed lengths, late clocks and streams, changes in mid-stream, single pictures
-HARD = ("pipe.mkv", "pipe.mp4", "size-0.wav", "vbr-up.mp3", "late.mkv", "late.wmv", "sound-late.mp4",
-        "pictures-late.mp4", "rate.ts", "size.ts", "size.webm", "b-frames.h264", "b-frames.avi",
-        "still.mp4", "still.webm", "opposite.mp4")
+HARD = ("pipe.mkv", "pipe.mp4", "size-0.wav", "vbr-up.mp3", "late.mkv", "sound-late.mp4",
+        "pictures-late.mp4", "rate.ts", "size.webm", "b-frames.h264", "b-frames.avi", "still.webm",
+        "opposite.mp4")
 
 
 def run(raw, out, *flags, name="folder", workers=0):
@@ -35,9 +35,15 @@ def run(raw, out, *flags, name="folder", workers=0):
 
 
 def contents(folder):
-    """{path: bytes} of what a command leaves."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """{path: bytes} of what a command leaves; of an index, which knows when its tar was written, the
+    members."""
+    out = {}
+    for path in folder.rglob("*"):
+        if path.suffix == ".index":
+            out[path.name] = shards.load_index(path.with_suffix(""))
+        elif path.is_file():
+            out[str(path.relative_to(folder))] = path.read_bytes()
+    return out
 
 
 def packets(path, kind="video"):
@@ -110,7 +116,7 @@ def make_raw(folder, **clips):
         record(tracks, folder / name)
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", ["25", "29.97"])
 def test_each_frame_comes_once_at_its_time_and_a_click_at_its_sample(clocks, tmp_path, monkeypatch, name):
     """Also over the ends of pieces, here of 1.7 seconds."""
     monkeypatch.setattr(rewrite, "CHUNK", 1.7)
@@ -197,11 +203,11 @@ def test_there_are_no_b_frames_a_key_frame_each_gop_and_sound_beside_its_picture
     rows = packets(path)
     assert all(in_order for _, _, in_order in rows)
     assert [key for _, key, _ in rows] == [n % 6 == 0 for n in range(len(rows))]
-    with av.open(str(hard[1] / "late.mkv.mp4")) as container:
+    with av.open(str(hard[1] / "late.mp4")) as container:
         places = [(p.pos, float(p.pts * p.time_base)) for p in container.demux() if p.size]
     ordered = [second for _, second in sorted(places)]
     assert all(b > a - 1.1 for a, b in zip(ordered, ordered[1:]))               # in the file's order
-    raw = (hard[1] / "late.mkv.mp4").read_bytes()
+    raw = (hard[1] / "late.mp4").read_bytes()
     assert raw.index(b"moov") < raw.index(b"mdat")              # the index in front
 
 
@@ -234,7 +240,7 @@ def small(path, seconds=1.0, picture=True, sound=True):
 LAYOUTS = {
     "folder": ["train/dog/a.mp4", "train/dog/a.mkv", "train/cat/b.mov", "train/cat/b.1.mp4", "val/dog/c.mp4",
                "test/dog/d.mkv", "test/cat/e.mp4"],
-    "classes": [f"{c}/{n}.{end}" for c in "xy" for n, end in enumerate(("mp4", "mkv", "mov", "mp4", "mkv"))],
+    "classes": [f"{c}/{n}.{end}" for c in "xy" for n, end in enumerate(("mp4", "mkv", "mov", "mkv"))],
     "vggsound": ["-0RWZT-miFs_000030.mp4", "deep/a_b_c_d_e_f_000005.mkv", "YxYxYxYxYxY_000120.mp4"],
     "esc50": ["audio/1-1-A-0.wav", "audio/2-1-A-1.wav", "audio/1-2-A-1.wav"]}
 LISTS = {
@@ -245,8 +251,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("flags", [(), ("--shards", 2)], ids=["files", "shards"])
-def test_the_set_lists_the_same_clips_with_the_same_labels(tmp_path, layout, flags):
+def test_the_set_lists_the_same_clips_with_the_same_labels(tmp_path, layout):
     """In the same order, training, test, validation and folds; a clip without its ending is the same."""
     for file in LAYOUTS[layout]:
         small(tmp_path / "raw" / file, 0.5, picture=layout != "esc50")
@@ -254,17 +259,22 @@ def test_the_set_lists_the_same_clips_with_the_same_labels(tmp_path, layout, fla
         (tmp_path / "raw" / file).parent.mkdir(exist_ok=True)
         (tmp_path / "raw" / file).write_text(text)
     name = "folder" if layout == "classes" else layout
-    run(tmp_path / "raw", tmp_path / "out", *flags, name=name)
-    for split in ("train", "test"):
-        before = data.list_clips(name, tmp_path / "raw", split)
-        after = data.list_clips(name, tmp_path / "out", split)
-        assert len(before) and [bare(file) for file in names(before)] == [bare(file) for file in names(after)]
-        assert before.classes == after.classes and before.missing == after.missing
-        for key in ("labels", "offsets", "held", "fold"):
-            np.testing.assert_array_equal(getattr(before, key), getattr(after, key))
-        for i in range(len(before)):
-            pictures, sounds = zip(*[show(listing.path(i)) for listing in (before, after)])
-            assert pictures[0] == pictures[1] and sounds[0] == pytest.approx(sounds[1], abs=5)
+    for flags in ((), ("--shards", 2)):
+        out = tmp_path / f"out{len(flags)}"
+        run(tmp_path / "raw", out, *flags, name=name)
+        for split in ("train", "test"):
+            before, after = (data.list_clips(name, folder, split) for folder in (tmp_path / "raw", out))
+            assert_same_listing(before, after)
+
+
+def assert_same_listing(before, after):
+    assert len(before) and [bare(file) for file in names(before)] == [bare(file) for file in names(after)]
+    assert before.classes == after.classes and before.missing == after.missing
+    for key in ("labels", "offsets", "held", "fold"):
+        np.testing.assert_array_equal(getattr(before, key), getattr(after, key))
+    for i in range(len(before)):
+        pictures, sounds = zip(*[show(listing.path(i)) for listing in (before, after)])
+        assert pictures[0] == pictures[1] and sounds[0] == pytest.approx(sounds[1], abs=5)
 
 
 def bare(file):
@@ -285,9 +295,12 @@ def test_names_that_differ_by_the_ending_alone_keep_it_and_none_comes_twice():
     assert prepare.new_names(files) == ["a.avi", "a.mp4", "a.avi.mkv", "b/a", "b.c", "A"]
 
 
-def test_the_toy_world_can_be_prepared(toy, tmp_path):
-    run(toy, tmp_path / "out", name="toy")
-    for split, count in (("train", 24), ("test", 16)):
+def test_the_toy_world_can_be_prepared(tmp_path, monkeypatch):
+    for split, count in (("train", 5), ("test", 4)):
+        monkeypatch.setitem(data.TOY, split, count)
+    toy = tmp_path / "toy"
+    run(toy, tmp_path / "out", name="toy")                      # writes it, too
+    for split, count in (("train", 5), ("test", 4)):
         before = data.list_clips("toy", toy, split)
         after = data.list_clips("toy", tmp_path / "out", split)
         assert names(after) == names(before) and len(after) == count
@@ -304,16 +317,26 @@ def raw(tmp_path_factory):
     """A folder of nine clips, of which one is bad."""
     folder = tmp_path_factory.mktemp("set")
     for n in range(8):
-        small(folder / "train" / "ab"[n % 2] / f"{n}.mkv", 4.0, picture=n != 3)
+        small(folder / "train" / "ab"[n % 2] / f"{n}.mkv", 3.0, picture=n != 3)
     (folder / "train" / "a" / "5.mp4").write_bytes(b"no clip")
     return folder
 
 
+@pytest.fixture(scope="module")
+def undisturbed(raw):
+    """{number of shards: the folder of an undisturbed run}"""
+    outs = {count: raw.with_name(f"undisturbed{count}") for count in (0, 2)}
+    for count, out in outs.items():
+        run(raw, out, "--shards", count)
+    return outs
+
+
 @pytest.mark.skipif(not FORK, reason="forks")
-@pytest.mark.parametrize("flags", [(), ("--shards", "2")], ids=["files", "shards"])
-def test_after_a_kill_the_same_command_makes_the_bytes_of_an_undisturbed_run(raw, tmp_path, flags, capsys):
-    run(raw, tmp_path / "whole", *flags)
-    capsys.readouterr()
+@pytest.mark.parametrize("count", [0, 2], ids=["files", "shards"])
+def test_after_a_kill_the_same_command_makes_the_bytes_of_an_undisturbed_run(raw, undisturbed, tmp_path,
+                                                                             count, capsys):
+    flags = ("--shards", str(count))
+    whole = contents(undisturbed[count])
     words = ["--data", "folder", "--data-dir", raw, "--prepare", tmp_path / "out", "--workers", "1", *flags]
     process = os.fork()
     if process == 0:
@@ -329,14 +352,14 @@ def test_after_a_kill_the_same_command_makes_the_bytes_of_an_undisturbed_run(raw
         os.killpg(process, signal.SIGKILL)                      # and its worker
         os.waitpid(process, 0)
     half = contents(tmp_path / "out")
-    assert any(name.endswith(".part") for name in half) and half.keys() != contents(tmp_path / "whole").keys()
+    assert any(name.endswith(".part") for name in half) and half.keys() != whole.keys()
     run(raw, tmp_path / "out", *flags)
     shown = capsys.readouterr().out
     assert " 0 were there" not in shown and "1 bad clip:" in shown
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == whole
     run(raw, tmp_path / "out", *flags)
     assert "folder: 0 clips written" in capsys.readouterr().out
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == whole
 
 
 def is_under_way(out):
@@ -346,8 +369,7 @@ def is_under_way(out):
     return len(done) >= 2 and any(path.stat().st_size for path in out.glob(".clip-*.part"))
 
 
-def test_shards_are_read_by_a_plain_loop_as_webdatasets_are(raw, tmp_path):
-    run(raw, tmp_path / "files")
+def test_shards_are_read_by_a_plain_loop_as_webdatasets_are(raw, undisturbed, tmp_path):
     run(raw, tmp_path / "out", "--shards", 3, workers=2)
     tars = [f"shard-0000{n}.tar" for n in range(3)]
     left = {"bad.txt", "prepared.json", *tars, *(f"{tar}.index" for tar in tars)}
@@ -367,9 +389,9 @@ def test_shards_are_read_by_a_plain_loop_as_webdatasets_are(raw, tmp_path):
     assert [sample["key"] for sample in samples] == [prepared_stem(file) for file in kept]
     for file, sample in zip(kept, samples):
         end = "wav" if "/3." in file else "mp4"
-        assert sample[end] == (tmp_path / "files" / f"{sample['key']}.{end}").read_bytes()
+        assert sample[end] == (undisturbed[0] / f"{sample['key']}.{end}").read_bytes()
         about = json.loads(sample["json"])
-        assert about == {"file": file, "classes": [file.split("/")[1]], "seconds": pytest.approx(4, abs=0.1)}
+        assert about == {"file": file, "classes": [file.split("/")[1]], "seconds": pytest.approx(3, abs=0.1)}
 
 
 def prepared_stem(file):
@@ -389,11 +411,12 @@ def test_bad_clips_are_named_and_counted_and_tried_again(raw, tmp_path):
     assert (tmp_path / "out" / file).exists() and not (tmp_path / "out" / "bad.txt").exists()
 
 
-def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(raw, tmp_path):
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(raw, undisturbed, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = 50_000                                               # bytes: less than a clip
-    for flags in ((), ("--shards", 1)):
-        out = tmp_path / f"out{len(flags)}"
+    for count in (0, 2):
+        flags = ("--shards", count)
+        out = tmp_path / f"out{count}"
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
             message = fails(run, raw, out, *flags, match="cannot be written there .File too large")
@@ -401,32 +424,87 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(raw, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert message.startswith(f"--prepare {out}: ") and "the same command goes on" in message
         run(raw, out, *flags)
-        run(raw, tmp_path / f"whole{len(flags)}", *flags)
-        assert contents(out) == contents(tmp_path / f"whole{len(flags)}")
+        assert contents(out) == contents(undisturbed[count])
+
+
+def test_a_name_that_a_prepared_clip_cannot_have_makes_a_bad_clip_and_the_rest_is_written(tmp_path, capsys):
+    for file in (f"{'y' * 252}.ts", "b.avi", "b.mp4/c.mkv", "d.mkv"):
+        small(tmp_path / "raw" / file, 0.2)
+    out = tmp_path / "a:b"                                      # FFmpeg's name of a protocol
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        run("raw", "a:b")
+    shown = capsys.readouterr().out
+    assert "2 clips written" in shown and "2 bad clips: see a:b/bad.txt" in shown
+    assert (out / "d.mp4").is_file() and not list(out.rglob("*.part"))
+    assert "File name too long" in (out / "bad.txt").read_text()
+    (out / "bad.txt").write_text("edited\n")
+    run(tmp_path / "raw", out)
+    assert "2 were there" in capsys.readouterr().out
+
+
+def test_a_tar_that_was_damaged_or_exchanged_is_named_and_written_anew_once_it_is_gone(raw, undisturbed,
+                                                                                       tmp_path):
+    out = shutil.copytree(undisturbed[2], tmp_path / "out")
+    tar = out / "shard-00001.tar"
+    whole = tar.read_bytes()
+    for content in (b"", b"x" * 1024, whole[:len(whole) // 2], (out / "shard-00000.tar").read_bytes()):
+        tar.write_bytes(content)
+        message = fails(run, raw, out, "--shards", 2, match="is damaged, or holds other clips; remove it")
+        assert message.startswith(str(tar)) and tar.read_bytes() == content
+    tar.unlink()
+    run(raw, out, "--shards", 2)
+    assert tar.read_bytes() == whole
+
+
+def test_a_tar_that_a_worker_of_a_killed_process_has_made_whole_is_left_alone(raw, undisturbed, tmp_path):
+    out = shutil.copytree(undisturbed[2], tmp_path / "out")
+    listing = data.list_all("folder", raw)
+    stems = np.array([os.fsencode(name) for name in prepare.new_names(names(listing))], np.bytes_)
+    work = [prepare.Shard(0, np.arange(1), 0)]                  # as it was found before
+    writer = prepare.Writer(listing, stems, out, rewrite.Coding(shards=2), work)
+    (row,) = writer
+    assert row.kind == "full" and "another process" in row.reason
+    assert (out / "shard-00000.tar").read_bytes() == (undisturbed[2] / "shard-00000.tar").read_bytes()
+
+
+@pytest.mark.parametrize("fps, expected", [(60, 60), (100, 50), (120, 60), (240, 60)])
+def test_of_a_slow_motion_each_second_frame_is_kept_and_more_are_left_out(tmp_path, fps, expected):
+    (tmp_path / "raw").mkdir()
+    write(tmp_path / "raw" / "a.mp4", [numbered(n) for n in range(fps // 2)], fps=fps)
+    run(tmp_path / "raw", tmp_path / "out")
+    with av.open(str(tmp_path / "out" / "a.mp4")) as container:
+        frames = list(container.decode(video=0))
+    step = fps // expected
+    assert len(frames) == fps // 2 // step
+    for n, frame in enumerate(frames):
+        assert frame.time == pytest.approx(n / expected, abs=1e-3)
+        assert n * step <= read_number(frame.to_ndarray(format="rgb24")) < (n + 1) * step
 
 
 # --- What is refused ---
 
-def test_a_folder_that_holds_anything_else_is_refused(raw, tmp_path):
-    run(raw, tmp_path / "out", "--side", 32)
-    message = fails(run, raw, tmp_path / "out", "--gop", 12)
-    assert "was begun with side 32 and not 256, gop 6 and not 12; give the same again" in message
+def test_a_folder_that_holds_anything_else_is_refused(raw, undisturbed, tmp_path):
+    out = undisturbed[0]
+    message = fails(run, raw, out, "--side", 32, "--gop", 12)
+    assert "was begun with side 256 and not 32, gop 6 and not 12; give the same again" in message
+    fails(run, raw, "", match="holds other files")              # the folder where the command is given
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("x")
     fails(run, raw, tmp_path / "other", match="holds other files; give an empty or a new folder")
     fails(run, raw, tmp_path / "other" / "file", match="cannot be written there")
     (tmp_path / "link").symlink_to(raw)
-    for out in (raw, raw / "new", raw.parent, tmp_path / "link"):
-        fails(run, raw, out, match="is, holds or lies in --data-dir")
-    with prepare.lock(tmp_path / "out"):
-        words = ["--data", "folder", "--data-dir", raw, "--prepare", tmp_path / "out", "--side", 32]
+    for place in (raw, raw / "new", raw.parent, tmp_path / "link"):
+        fails(run, raw, place, match="is, holds or lies in --data-dir")
+    with prepare.lock(out):
+        words = ["--data", "folder", "--data-dir", raw, "--prepare", out]
         done = command([sys.executable, "data.py", *map(str, words)], ROOT)
     assert done.returncode == 2 and "another process is writing there" in done.stderr
 
 
-def test_tars_of_other_clips_are_refused(raw, tmp_path):
+def test_tars_of_other_clips_are_refused(raw, undisturbed, tmp_path):
     shutil.copytree(raw, tmp_path / "raw")
-    run(tmp_path / "raw", tmp_path / "out", "--shards", 2)
+    shutil.copytree(undisturbed[2], tmp_path / "out")
     small(tmp_path / "raw" / "train" / "a" / "0.avi.mp4")
     fails(run, tmp_path / "raw", tmp_path / "out", "--shards", 2, match="was begun with clips .* and not ")
     fails(run, tmp_path / "raw", tmp_path / "new", "--shards", 11, match="is more than the 10 clips")

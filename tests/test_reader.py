@@ -841,3 +841,20 @@ def test_windows_all_over_a_long_sound_cost_the_memory_of_the_windows(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert all(found["heard"]) and peak < 8e6
+
+
+def test_a_short_window_within_one_long_packet_of_sound_is_heard(tmp_path):
+    """A packet of FLAC lasts .1 s here; before and after each window is a long gap."""
+    x = np.random.default_rng(0).integers(-9000, 9000, (1, 22 * 44100)).astype(np.int16)
+    with av.open(str(tmp_path / "long.flac"), "w") as container:
+        stream = container.add_stream("flac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(x, format="s16", layout="mono")
+        frame.sample_rate = 44100
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    windows = [(start, 0.02) for start in (0.0, 3.0, 6.01, 9.02, 12.03, 15.04, 18.05, 21.06)]
+    with reader.open_clip(tmp_path / "long.flac") as clip:
+        got = clip.read([], windows, 1, 64, 44100)
+    assert all(got["heard"])
+    for (start, _), sound in zip(windows, got["audio"]):
+        begin = round(start * 44100)
+        assert np.array_equal(sound, x[0, begin:begin + len(sound)] / np.float32(32768))

@@ -2,6 +2,8 @@
 import itertools
 import math
 
+import heads
+import probe
 import run
 
 import numpy as np
@@ -236,6 +238,12 @@ def quicken(patch, script):
     """The statistics of the mel over four clips, and no curves."""
     patch.setitem(script.RECIPE, "stats_clips", (4, 4, ""))
     patch.setattr(run, "draw_curves", lambda *args: None)
+
+
+def quicken_table(patch, draws=1):
+    """The table at the end of a toy run: so many draws of few labels, and regressions of two strengths."""
+    patch.setattr(probe, "DRAWS", draws)
+    patch.setattr(heads, "STRENGTHS", (1.0, 100.0))
 
 
 def single_steps(patch, script, loss, steps, toy, out, *flags):

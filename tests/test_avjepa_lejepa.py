@@ -9,6 +9,7 @@ import torch.nn as nn
 
 import avjepa_lejepa
 import common
+import run
 from avjepa_lejepa import AVJEPA, plan_views
 from common import UserError, sigreg
 from slow import random, recipe_of, single_steps, train
@@ -20,6 +21,11 @@ MODALITY = (BOTH, BOTH, SOUND, PICTURE)
 MIXED = [MODALITY, (BOTH, BOTH, PICTURE, SOUND), (BOTH, BOTH, SOUND, SOUND), (BOTH, BOTH, BOTH, PICTURE)]
 VIDEO = dict(shape=(4, 16, 16), patch=(2, 8, 8))
 AUDIO = dict(shape=(8, 22), patch=(4, 4))
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
 
 
 def small_model(lam=0.05, absent="zero", local="none"):
@@ -178,7 +184,7 @@ def test_without_sigreg_the_embeddings_collapse_and_with_it_they_do_not():
         model = small_model(lam)
         batch = batch_of([MODALITY] * 8)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        for step in range(60):
+        for step in range(40):
             loss, shown = model(batch, None, 1.0, step)
             loss.backward()
             optimizer.step()

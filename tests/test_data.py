@@ -21,7 +21,7 @@ from matplotlib.colors import rgb_to_hsv
 import common
 import data
 from common import UserError
-from conftest import MOMENTS, RATES, ROOT, numbered, read_flash, read_number, same, tone, write
+from conftest import MOMENTS, RATES, ROOT, command, numbered, read_flash, read_number, same, tone, write
 from data import ClipError, Inputs, View
 from datasets import reader, toy
 from slow import mel_power
@@ -281,7 +281,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_nothing_crashes_on_a_damaged_file(tmp_path, clips):
+def test_nothing_crashes_on_a_damaged_file(tmp_path, clips, monkeypatch):
     """In a process of its own, since what a damaged file does to FFmpeg may be a segmentation fault."""
     for name in ("good", "fast"):
         raw = (clips / f"{name}.mp4").read_bytes()
@@ -294,8 +294,9 @@ def test_nothing_crashes_on_a_damaged_file(tmp_path, clips):
                 wrong[at] = rng.integers(256)
             (tmp_path / f"{name}-wrong-{seed}.mp4").write_bytes(wrong)
     paths = sorted(str(path) for path in tmp_path.iterdir())
-    words = [sys.executable, "-c", BROKEN, *paths]
-    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    (tmp_path / "broken.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ran = command([sys.executable, "broken.py", *paths], tmp_path)
     assert ran.returncode == 0, ran.stderr[-2000:]
     for path, answer in zip(np.repeat(paths, 2), ran.stdout.split(), strict=True):
         no_index = "good-cut" in path                                   # it was at the end

@@ -733,6 +733,8 @@ def test_a_worker_that_was_killed_while_it_checks_is_a_sentence(tmp_path, clips,
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(checks, "look", killed)
+    wait = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(wait, "__defaults__", (0.2,))   # torch looks for its workers each so many s, not 5
     put(tmp_path, {"a.mp4": (clips / "good.mp4").read_bytes()})
     flags = f"--data folder --data-dir {tmp_path} --workers 1 --check"
     fails(data.main, flags.split(), match="data worker was killed")

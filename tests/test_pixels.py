@@ -15,7 +15,7 @@ import data
 import mjepa
 import pixels
 from conftest import fails, last_row, same, write_checkpoint
-from slow import random, small_model
+from slow import quicken, random, small_model
 
 SHAPES = {"video": (3, 4, 16, 16), "audio": (1, 12, 21)}
 GRIDS = {"video": (2, 4, 4), "audio": (3, 5)}           # 32 and 15 patches
@@ -192,13 +192,15 @@ def test_an_input_that_was_not_trained_is_refused(name, flags, asked):
 
 
 @pytest.fixture(scope="module")
-def runs(toy, tmp_path_factory):
+def runs(toy, plain_layout, tmp_path_factory):
     """{method: the folder of a run of one step at a learning rate of 0, which ends where it began}."""
     folder = tmp_path_factory.mktemp("runs")
     words = "--recipe toy --size nano --steps 1 --batch-size 4 --lr 0 --workers 0 --device cpu --seed 7"
     for name, script in SCRIPTS.items():
         where = f" --data folder --data-dir {toy}/train --out {folder}/{name}"
-        script.main((words + where).split())
+        with pytest.MonkeyPatch.context() as patch:
+            quicken(patch, script)
+            script.main((words + where).split())
     return {name: folder / name for name in SCRIPTS}
 
 

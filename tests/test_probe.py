@@ -292,7 +292,7 @@ def test_the_cache_changes_memory_and_time_and_not_the_result(more, ears, tones)
         content["method"]["protocol"] = {**METHOD["protocol"], "train_starts": ("random", "random", ""),
                                          "train_views": (3, None, ""), "starts": ("random", "random", "")}
         torch.save(content, tones.parent / "drawn.pt")
-        flags = ("--epochs", 4, "--batch-size", 8, "--lr", 1e-3, 1e-2, "--recipe", "paper")
+        flags = ("--epochs", 2, "--batch-size", 8, "--lr", 1e-3, 1e-2, "--recipe", "paper")
         start(tones.parent / "drawn.pt", "folder", tones, *flags, "--probe", *more, "--cache-gb", gigabytes)
         rows.append(last_row(tones.parent))
     kept, anew = rows

@@ -14,18 +14,19 @@ import pytest
 
 import data
 from conftest import FORK, ROOT, command, write
+from slow import quicken_table
 
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "RESULTS.md", "DATA.md", "FORMULAS.md")}
 README = PAGES["README.md"]
 METHODS = ("ajepa.py", "mjepa.py", "avjepa_lejepa.py", "avjepa_ncsu.py")
-TRAIN = "--steps 2 --batch-size 4 --recipe toy --size toy --workers 1 --log-every 1"
+TRAIN = "--steps 2 --batch-size 4 --recipe toy --size nano --workers 0 --log-every 1"
 SHRINK = {
     **dict.fromkeys(METHODS, TRAIN),
     "data.py": "--workers 1",
     "bench.py": "--recipe toy --size nano --batch-size 2",
-    "probe.py": "--workers 1",
-    "pixels.py": "--workers 1 --epochs 1 --batch-size 4",
-    "retrieval.py": "--views 1 --workers 1",
+    "probe.py": "--workers 0",
+    "pixels.py": "--workers 0 --epochs 1 --batch-size 8",
+    "retrieval.py": "--views 1 --workers 0",
     "visualize.py": "--out seen",
     "reproduce.py": "--dry-run"}
 
@@ -48,7 +49,7 @@ COMMANDS = [line for line in ALL if "pytest" not in line and "figures/" not in l
 # ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def place(toy, tmp_path_factory):
+def place(toy, plain_layout, tmp_path_factory):
     """A folder with what the commands name: the toy's cache, clips/, dog.wav and a small copy of each set."""
     place = tmp_path_factory.mktemp("pages")
     (place / "cache").mkdir()
@@ -197,7 +198,8 @@ def shrink(words, script):
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_command_of_the_pages_runs(place, line):
+def test_command_of_the_pages_runs(place, line, monkeypatch):
+    quicken_table(monkeypatch)                          # where the command is forked
     words = shlex.split(line)
     torchrun = words[0] == "torchrun"
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -262,12 +264,12 @@ def test_as_many_lines_of_two_scripts_differ_as_the_readme_says():
         assert len(differ) == int(count), (one, other)
 
 
-def test_the_five_lines_from_a_file_to_its_embedding_run(place):
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+def test_the_five_lines_from_a_file_to_its_embedding_run(place, monkeypatch):
+    (place / "five.py").write_text(re.search(r"```python\n(.*?)```", README, re.S)[1])
     train(place, "runs/avjepa_lejepa-toy-seed0")
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code, shown = run([sys.executable, "five.py"], place)
+    assert code == 0, shown[-2000:]
 
 
 @pytest.mark.parametrize("page", PAGES)

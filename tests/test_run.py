@@ -111,9 +111,14 @@ def train(out, *words, interrupt=None, dropout=0.0, classes=None):
     return model
 
 
+draw_curves = run.draw_curves
+
+
 @pytest.fixture(autouse=True)
-def no_decoding(monkeypatch):
+def quick(monkeypatch):
+    """No decoding and no curves."""
     monkeypatch.setattr(data, "train_loader", numbers)
+    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
 
 
 # ---- Two processes -------------------------------------------------------------------------------------
@@ -121,6 +126,7 @@ def no_decoding(monkeypatch):
 def on_a_rank(rank, folder, port):
     """What one of two processes finds goes into a file."""
     data.train_loader = numbers
+    run.draw_curves = lambda *_: None
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
     torch.set_num_threads(1)
@@ -274,9 +280,7 @@ def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint_and_a_fresh_one
     assert [row["step"] for row in run.read_log(tmp_path / "run")] == [0]
 
 
-def test_a_stopped_run_s_online_probe_goes_on_bit_for_bit_or_where_the_checkpoint_has_none_anew(
-        tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+def test_a_stopped_run_s_online_probe_goes_on_bit_for_bit_or_where_the_checkpoint_has_none_anew(tmp_path):
     flags = ["--online-probe", "--log-every", 3]
     for name in ("whole", "stopped", "without"):
         train(tmp_path / name, *flags, classes=4, interrupt=None if name == "whole" else 2)
@@ -292,17 +296,12 @@ def test_a_stopped_run_s_online_probe_goes_on_bit_for_bit_or_where_the_checkpoin
     assert "other classes; give --no-online-probe" in fails(train, tmp_path / "stopped", *flags, classes=5)
 
 
-@pytest.fixture
-def no_curves(monkeypatch):
-    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
-
-
 def kept(folder):
     """{name: step} of the checkpoints that stay."""
     return {file.name: weights(file)["step"] for file in (folder / "run").glob("step-*.pt")}
 
 
-def test_a_copy_of_the_checkpoint_stays_at_each_nth_step_whatever_save_every_is(tmp_path, no_curves):
+def test_a_copy_of_the_checkpoint_stays_at_each_nth_step_whatever_save_every_is(tmp_path):
     train(tmp_path, "--keep-every", 2, "--save-every", 3, "--steps", 7)
     assert kept(tmp_path) == {"step-000002.pt": 2, "step-000004.pt": 4, "step-000006.pt": 6}
     assert weights(tmp_path / "run")["step"] == 7
@@ -316,7 +315,7 @@ def test_a_copy_of_the_checkpoint_stays_at_each_nth_step_whatever_save_every_is(
     (["--steps", 9], 7, {2, 4, 6}), (["--fresh"], 0, set()), (["--resume", "step-000004.pt"], 4, {2, 4}),
     (["--resume", "step-000002.pt"], 2, {2})])
 def test_what_a_run_before_kept_of_later_steps_goes_once_a_step_is_done_and_not_where_none_can_be(
-        tmp_path, monkeypatch, no_curves, words, start, left):
+        tmp_path, monkeypatch, words, start, left):
     train(tmp_path, "--keep-every", 2, "--steps", 7)
     out = tmp_path / "run"
     others = [out / name for name in ("step-9.pt", "step-best.pt", "0step-000009.pt")]
@@ -344,7 +343,7 @@ def test_what_a_run_before_kept_of_later_steps_goes_once_a_step_is_done_and_not_
         assert set(kept(tmp_path).values()) == {2, 4, 6}
 
 
-def test_over_another_run_s_checkpoint_one_is_written_after_the_first_step(tmp_path, no_curves, monkeypatch):
+def test_over_another_run_s_checkpoint_one_is_written_after_the_first_step(tmp_path, monkeypatch):
     """So that whoever is killed later does not go on from the other one."""
     train(tmp_path, "--steps", 7)
     saved = []
@@ -361,7 +360,7 @@ def test_over_another_run_s_checkpoint_one_is_written_after_the_first_step(tmp_p
 
 
 def test_what_is_kept_of_earlier_steps_stays_when_a_run_goes_on_and_latest_is_never_ahead_of_it(
-        tmp_path, monkeypatch, disk, capsys, no_curves):
+        tmp_path, monkeypatch, disk, capsys):
     fills = functools.partial(numbers, at=3, then=functools.partial(full, 20_000))
     with monkeypatch.context() as patch:
         patch.setattr(data, "train_loader", fills)
@@ -578,7 +577,7 @@ def test_a_run_of_another_recipe_is_refused_by_all_that_differs(tmp_path):
 @pytest.mark.parametrize("interrupt, words", [
     (2, ["--steps", 6]), (None, ["--steps", 6]), (None, ["--epochs", 3])])
 def test_a_run_is_made_longer_by_more_steps_or_epochs_and_says_so_once(
-        tmp_path, capsys, no_curves, interrupt, words):
+        tmp_path, capsys, interrupt, words):
     """Two steps an epoch."""
     train(tmp_path, interrupt=interrupt)
     before = run.read_log(tmp_path / "run")
@@ -595,7 +594,7 @@ def test_a_run_is_made_longer_by_more_steps_or_epochs_and_says_so_once(
 
 
 def test_as_many_steps_are_the_same_run_however_given_but_a_set_that_has_grown_makes_another(
-        tmp_path, capsys, no_curves):
+        tmp_path, capsys):
     paper = ["--recipe", "paper", "--batch-size", 8]           # two epochs
     train(tmp_path, *paper, interrupt=2)
     train(tmp_path, *paper, "--steps", 4, interrupt=3)
@@ -812,7 +811,7 @@ def test_the_curves_show_each_column_over_the_steps_and_nothing_of_pyplots_chang
     rows[4]["probe"] = 0.5                                     # a column may begin late
     several = {"a $b$": rows, "other": rows[:2]}
     for runs in ({"": rows}, several, {"": []}, {"": [{"step": 0, "bad_clips": 0}]}):
-        run.draw_curves(tmp_path / "curves.png", runs, "a $title")
+        draw_curves(tmp_path / "curves.png", runs, "a $title")
         assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
         (tmp_path / "curves.png").unlink()
     axes = {ax.get_title(): ax for ax in figures[0].axes if ax.get_title()}
@@ -988,7 +987,6 @@ def test_a_process_of_torchrun_touches_no_gpu_but_its_own(monkeypatch):
 @pytest.mark.parametrize("has", [True, False])
 def test_bf16_is_where_the_device_computes_in_it_or_as_the_flag_says(has, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "computes_bf16", lambda device: has)
-    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
     for number, (flags, on) in enumerate({(): has, ("--bf16",): True, ("--no-bf16",): False}.items()):
         train(tmp_path / str(number), *flags, "--steps", 1)
         assert ("1 x cpu bf16 ->" in capsys.readouterr().out) == on

@@ -171,7 +171,8 @@ class Bench(Run):
             if len(self.seconds) == 1 and not self.args.compile:
                 self.foresee()
             timed = self.seconds[self.warm:]
-            if self.process.any(not self.count and len(timed) >= LEAST and sum(timed) > ENOUGH):
+            enough = len(timed) >= LEAST and sum(timed) > ENOUGH
+            if self.process.any(len(timed) == self.count if self.count else enough):
                 break
 
     def now(self):

@@ -3,8 +3,8 @@
 A clip is opened and decoded once, whatever the number of views; audio and video of a view cover the same
 seconds, by timestamps, unless the method takes pictures of a part of them only. This is the door; the rooms
 are the files of datasets/: reader.py decodes, inputs.py makes tensors, views.py and batches.py give them to a
-method, listing.py and one file for each family list the sets. A new set is a function (folder, split) ->
-Listing in such a file, and an entry of SETS.
+method, files.py finds the clips, listing.py and one file for each family list the sets, prepare.py writes
+them anew. A new set is a function (folder, split) -> Listing in such a file, and an entry of SETS.
 
     python data.py --data toy --check                           # writes the toy clips if they are not there
     python data.py --data vggsound --data-dir vggsound/ --check       # what is there, missing, unreadable

@@ -205,14 +205,15 @@ def test_real_clips_are_waited_for(toy, folder, capsys):
     assert not list(folder.iterdir())
 
 
-def test_a_long_step_is_announced_and_is_warm_up_enough(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("words, steps", [("", 3), ("--count 2", 2)])
+def test_a_long_step_is_announced_and_is_warm_up_enough(folder, monkeypatch, capsys, words, steps):
     clock = itertools.count(0, 40)
     monkeypatch.setattr(bench.Bench, "now", lambda self: next(clock))
-    bench.main(["ajepa", *TINY.split()])
+    bench.main(["ajepa", *TINY.split(), *words.split()])
     shown = capsys.readouterr().out
-    assert "the first step took 40 s, 3 more: about 2 min" in shown
+    assert f"the first step took 40 s, {steps} more: about {40 * steps / 60:.0f} min" in shown
     assert number(shown, "seconds a step") == 40
-    check_block(shown, 4, 3)
+    check_block(shown, 4, steps)
 
 
 def test_too_little_memory_is_a_sentence(monkeypatch):

@@ -168,7 +168,9 @@ def train(place, folder):
     assert code == 0, shown[-2000:]
 
 
-PREPARED = {"small/": "--data folder --data-dir clips/", "shards/": "--data vggsound --data-dir vggsound/"}
+PREPARED = {
+    "small/": "--data folder --data-dir clips/ --side 64",
+    "shards/": "--data vggsound --data-dir vggsound/ --shards 2"}
 
 
 def prepare(place, folder):

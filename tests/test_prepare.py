@@ -14,11 +14,16 @@ import time
 import av
 import numpy as np
 import pytest
+import torch
 
+import common
 import data
+import mjepa
 from conftest import FORK, MOMENTS, RATES, ROOT, command, fails, forked, names
 from conftest import numbered, read_number, tone, write
 from datasets import prepare, rewrite, shards
+from run import read_log
+from slow import quicken
 from slow import record as record_calls
 from test_data import click_time
 from test_reader import AAC, H264, SECONDS, WHOLE, assert_right, join, read, record, time_of
@@ -367,6 +372,22 @@ def is_under_way(out):
     tars = [shards.read_members(path) for path in out.glob(".shard-*.part") if path.stat().st_size > 512]
     done = list(out.rglob("*.mp4")) + sum(tars, [])[::2]
     return len(done) >= 2 and any(path.stat().st_size for path in out.glob(".clip-*.part"))
+
+
+def test_training_on_shards_is_training_on_files_and_goes_on_bit_for_bit(undisturbed, tmp_path, monkeypatch):
+    quicken(monkeypatch, mjepa)
+    runs = {"files": (0, ()), "shards": (2, ()), "on": (2, ("--resume", tmp_path / "shards/step-000002.pt"))}
+    found = {}
+    for name, (count, more) in runs.items():
+        words = f"--data folder --data-dir {undisturbed[count]} --recipe toy --size nano --batch-size 4"
+        words += f" --steps 4 --keep-every 2 --workers 0 --log-every 1 --max-bad 1 --out {tmp_path / name}"
+        mjepa.main([*words.split(), *map(str, more)])
+        losses = {row["step"]: row["loss/a"] for row in read_log(tmp_path / name)}
+        found[name] = losses, common.load_checkpoint(tmp_path / name)["model"]
+    for name, steps in (("shards", range(4)), ("on", (2, 3))):
+        losses, weights = found["files"]
+        assert found[name][0] == {step: losses[step] for step in steps}
+        assert all(torch.equal(weights[key], found[name][1][key]) for key in weights)
 
 
 def test_shards_are_read_by_a_plain_loop_as_webdatasets_are(raw, undisturbed, tmp_path):

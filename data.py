@@ -155,6 +155,22 @@ def check_folder(folder):
     raise UserError(f"--data-dir {folder}: {reason}")
 
 
+def read_coding(args):
+    """How --prepare writes the clips, by its flags."""
+    how = Coding(args.side, args.fps, args.gop, args.sample_rate, args.shards)
+    if args.prepare is None and how != Coding():
+        raise UserError("--side, --fps, --gop, --sample-rate and --shards are for --prepare; give --prepare "
+                        "OUT as well")
+    if args.prepare is not None and (args.check or args.stats):
+        raise UserError("--prepare, --check and --stats are commands of their own; give --prepare alone")
+    check_range("--side", how.side, 16, 4096)
+    check_range("--fps", 1 if how.fps is None else how.fps, 1, 240)
+    check_range("--gop", how.gop, 1, 1000)
+    check_range("--sample-rate", how.sample_rate, 1000, 192000)
+    check_range("--shards", how.shards, 0, 100000)
+    return how
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -180,13 +196,8 @@ def main(argv=None):
     check_range("--hop", args.hop, 1, 10 ** 6)
     check_range("--seconds", args.seconds, 0.1, 3600)
     check_range("--clips", args.clips, 1, 10 ** 9)
+    how = read_coding(args)
     if args.prepare is not None:
-        how = Coding(args.side, args.fps, args.gop, args.sample_rate, args.shards)
-        check_range("--side", how.side, 16, 4096)
-        check_range("--fps", 1 if how.fps is None else how.fps, 1, 240)
-        check_range("--gop", how.gop, 1, 1000)
-        check_range("--sample-rate", how.sample_rate, 1000, 192000)
-        check_range("--shards", how.shards, 0, 100000)
         prepare(list_all(args.data, args.data_dir), SETS[args.data].lists, args.prepare, how, args.workers)
         return
     listing = list_clips(args.data, args.data_dir, args.split)

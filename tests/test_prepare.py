@@ -531,6 +531,14 @@ def test_tars_of_other_clips_are_refused(raw, undisturbed, tmp_path):
     fails(run, tmp_path / "raw", tmp_path / "new", "--shards", 11, match="is more than the 10 clips")
 
 
+@pytest.mark.parametrize("words, sentence", [
+    ("--side 64", "are for --prepare; give --prepare OUT as well"),
+    ("--shards 2 --check", "are for --prepare; give --prepare OUT as well"),
+    ("--prepare out --stats", "are commands of their own; give --prepare alone")])
+def test_flags_that_would_do_nothing_are_refused(raw, words, sentence):
+    fails(data.main, ["--data", "folder", "--data-dir", str(raw), *words.split()], match=sentence)
+
+
 def test_a_list_of_absolute_paths_is_refused(tmp_path):
     small(tmp_path / "raw" / "a.mp4", 0.2)
     for name in ("train.csv", "val.csv"):

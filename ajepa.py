@@ -98,11 +98,13 @@ def get_args(argv=None):
     add("--pred-dim", type=int, help="width of the predictor, in heads of 32 (default: the recipe's)")
     add("--loss", choices=("smooth_l1", "l2", "l1", "cosine"),
         help="distance of prediction and target (default: the recipe's)")
+    add("--tau", type=float, nargs=2, metavar=("START", "END"),
+        help="momentum of the teacher at the start and the end of the run (default: the recipe's)")
     add("--pos", choices=("learned", "sincos"),
         help="positions of the encoder and the predictor (default: the recipe's)")
     args = parser.parse_args(argv)
     data.require(args.data, ("audio",), "mjepa.py --terms separate-video trains on pictures alone")
-    flags = ("masking", "pred_depth", "pred_dim", "loss", "pos")
+    flags = ("masking", "pred_depth", "pred_dim", "loss", "tau", "pos")
     recipe = read_recipe(args, METHOD["name"], RECIPE, flags)
     common.check_range("--pred-depth", recipe["pred_depth"], 1, 1000)
     common.check_range("--pred-dim", recipe["pred_dim"], 32, 10 ** 5)

@@ -113,10 +113,12 @@ def get_args(argv=None):
         help="batch: one mask set for all clips of a step, which did not converge for the authors")
     add("--clips", type=int,
         help="clips of the set that are trained on, drawn with seed 0; 0: all (default: the recipe's)")
+    add("--tau", type=float, nargs=2, metavar=("START", "END"),
+        help="momentum of the teacher at the start and the end of the schedule (default: the recipe's)")
     args = parser.parse_args(argv)
     if args.modalities != "av" and not args.out:       # not the folder of the run that it is compared with
         args.out = f"runs/{METHOD['name']}-{args.modalities}-{args.data}-seed{args.seed}"
-    recipe = read_recipe(args, METHOD["name"], RECIPE, ("clips",))
+    recipe = read_recipe(args, METHOD["name"], RECIPE, ("clips", "tau"))
     common.check_range("--clips", recipe["clips"] or 0, 0, 10 ** 9)
     column = recipe_column(args)
     rates = {name: RECIPE[name][COLUMNS.index(column)] for name in ("lr_start", "lr", "lr_end")}

@@ -86,7 +86,8 @@ RECIPE = {
     "levels":        (4,            2,            "V-JEPA 2.1: of 24 layers 5, 11, 17, 23"),
     "pred_depth":    (12,           2,            "V-JEPA 2"),
     "pred_dim":      (384,          64,           "V-JEPA 2: 12 heads of 32 dimensions"),
-    "tau":           (0.99925,      0.9995,       "V-JEPA 2: EMA momentum (toy: mostly still the start)"),
+    # toy: mostly still the start
+    "tau":           ((0.99925, 0.99925), (0.9995, 0.9995), "V-JEPA 2: EMA momentum, constant"),
     "batch_size":    (512,          24,           "tracker"),
     "epochs":        (None,         None,         "by the steps"),
     "steps":         (150_000,      550,          "tracker: 500 epochs of 300 steps"),
@@ -124,6 +125,8 @@ def get_args(argv=None):
         help="the last phase: four times the frames, a learning rate that falls from --lr; needs --init")
     add("--init", metavar="FILE",
         help="checkpoint of this method, or its folder, whose weights a new run starts from")
+    add("--tau", type=float, nargs=2, metavar=("START", "END"),
+        help="momentum of the teacher at the start and the end of the run (default: the recipe's)")
     args = parser.parse_args(argv)
     if args.cooldown and not args.init:
         raise UserError("--cooldown needs --init, the checkpoint that it starts from")
@@ -132,7 +135,7 @@ def get_args(argv=None):
     table = {**RECIPE, **COOLDOWN} if args.cooldown else dict(RECIPE)
     if args.aligned:
         table["video_seconds"] = RECIPE["video_seconds"]
-    recipe = read_recipe(args, METHOD["name"], table)
+    recipe = read_recipe(args, METHOD["name"], table, ("tau",))
     recipe["video_seconds"] = min(recipe["video_seconds"], recipe["seconds"])
     if args.aligned:
         recipe["seconds"] = recipe["video_seconds"]
@@ -512,7 +515,7 @@ def main(argv=None):
         grad_norm = run.clip()                         # no clipping: V-JEPA 2
         optimizer.step()
         optimizer.zero_grad()
-        tau = recipe["tau"]
+        tau = common.cosine(step, run.total, *recipe["tau"])
         common.ema_update(model.target_encoder, model.context_encoder, tau)
         run.log(step, grad_norm=grad_norm, tau=tau, lr=lr)
         run.save(step)

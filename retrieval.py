@@ -173,6 +173,25 @@ def similarity(queries, candidates, embedding):
     return queries @ candidates.T
 
 
+# differs: the papers rank by the similarity as it is
+RANKINGS = {
+    "plain": "as the paper ranks",
+    "centred": "cosine after the mean over the clips is taken off queries and candidates",
+    "hubs": "minus the candidate's mean over the queries, so that no hub is near to all"}
+
+
+def rank_by(ranking, queries, candidates, embedding):
+    """`similarity`, or what RANKINGS says of it."""
+    if ranking == "centred":
+        queries = F.normalize(queries - queries.mean(0), dim=-1)
+        candidates = F.normalize(candidates - candidates.mean(0), dim=-1)
+        return queries @ candidates.T
+    scores = similarity(queries, candidates, embedding)
+    if ranking == "hubs":
+        scores = scores - scores.mean(0)
+    return scores
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Which clips are searched
 # ----------------------------------------------------------------------------------------------------------
@@ -242,9 +261,10 @@ def find_ids(listing, file):
 # Search
 # ----------------------------------------------------------------------------------------------------------
 
-def evaluate(encoder, listing, views=4, workers=1, process=None, embedding=None, seed=0):
+def evaluate(encoder, listing, views=4, workers=1, process=None, embedding=None, seed=0, ranking="plain"):
     """Both directions, chance and, with classes, R@1 within the class: a flat dict for the log. Only clips
-    that have both sound and picture are searched; the others are counted. embedding: of choose_embedding."""
+    that have both sound and picture are searched; the others are counted. embedding: of choose_embedding;
+    ranking: of RANKINGS."""
     embedding = choose_embedding(encoder, embedding)
     z, read = embed(encoder, listing, views, workers=workers, process=process, seed=seed, embedding=embedding)
     both = read["has_video"] & read["has_audio"]
@@ -260,7 +280,7 @@ def evaluate(encoder, listing, views=4, workers=1, process=None, embedding=None,
     for way, (asks, finds) in WAYS.items():
         queries, _ = z[asks]
         _, candidates = z[finds]
-        scores = similarity(queries[both], candidates[both], embedding)
+        scores = rank_by(ranking, queries[both], candidates[both], embedding)
         result[way] = recall(scores)
         if listing.labels is not None and not listing.multilabel:
             labels = listing.targets(index.numpy())
@@ -315,6 +335,8 @@ def get_args(argv=None):
         help="predicted: L1 between what one modality predicts of the other and what that is; projected: "
         "cosine after the projector; encoder: cosine of CLS or the mean of the tokens; default: the first of "
         "them that the checkpoint has")
+    add_method("--ranking", choices=tuple(RANKINGS), default="plain",
+        help="; ".join(f"{name}: {what}" for name, what in RANKINGS.items()))
     add_method("--views", type=int, default=4, help="random views of a clip that are averaged")
     add_method("--top", type=int, default=10, help="matches to list")
     add_method("--untrained", action="store_true",
@@ -323,6 +345,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.query) == bool(args.data) or bool(args.query) != bool(args.folder):
         raise UserError("give either --data SET, or --query FILE with --folder DIR")
+    if args.query and args.ranking != "plain":
+        raise UserError(f"--ranking {args.ranking} is measured over many queries; leave it out with --query")
     if args.query and len(args.ckpt) > 1:
         raise UserError("--query is asked of one encoder; give one --ckpt")
     common.check_range("--workers", args.workers or 0, 0, 1024)
@@ -361,15 +385,18 @@ def search_checkpoint(args, process, workers):
         print(f"{args.data_dir} has no sub-folders and so no held-out part: pre-training saw these clips")
     listing = choose(listing, args.clips, args.seed)
     print(f"{args.ckpt}, step {encoder.step:,}")
-    result = evaluate(encoder, listing, args.views, workers, process, embedding, args.seed)
+    result = evaluate(encoder, listing, args.views, workers, process, embedding, args.seed,
+                      args.ranking)
     untrained = ", untrained encoder" if args.untrained else ""
-    print(f"{args.data}, N = {result['N']:,}, left out {result['left_out']:,}{untrained}")
+    ranked = f", ranking {args.ranking}" if args.ranking != "plain" else ""
+    print(f"{args.data}, N = {result['N']:,}, left out {result['left_out']:,}{untrained}{ranked}")
     for name in (*WAYS, "chance"):
         print(f"{name:7s}" + "".join(f"  {key} {value:6.1f}" for key, value in result[name].items()))
     run.add_row(args.ckpt, "retrieval.jsonl", {
         "data": args.data,
         "clips": args.clips,
         "embedding": embedding,
+        "ranking": args.ranking,
         "untrained": args.untrained,
         "absent": encoder.vit.absent,
         "seed": args.seed,

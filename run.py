@@ -1171,10 +1171,13 @@ def read_recipe(args, name, table, flags=()):
         recipe["steps"] = args.steps
         recipe["epochs"] = args.epochs
     for key in ("size", "batch_size", "lr", "seconds", *flags):
-        if getattr(args, key) is not None:
-            recipe[key] = getattr(args, key)
+        value = getattr(args, key)
+        if value is not None:
+            recipe[key] = tuple(value) if isinstance(value, list) else value
     if recipe["size"] not in common.SIZES:
         raise UserError(f"--size {recipe['size']}: unknown ViT; one of {', '.join(common.SIZES)}")
+    for tau in getattr(args, "tau", None) or ():
+        check_range("--tau", tau, 0, 1)
     check_range("--lr", recipe["lr"], 0, 10)
     check_range("--batch-size", recipe["batch_size"], 2, 10 ** 6)
     check_range("--steps", 1 if recipe["steps"] is None else recipe["steps"], 1, 10 ** 9)

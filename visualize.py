@@ -980,7 +980,9 @@ def scores(row):
         found[name] = row["value"]
     for way in retrieval.WAYS:
         if isinstance(row.get(way), dict):
-            searched = f"{row.get('data')}, {row.get('embedding')}, R@10 of {row.get('N')}"
+            ranked = row.get("ranking", "plain")
+            how = row.get("embedding") if ranked == "plain" else f"{row.get('embedding')}, ranking {ranked}"
+            searched = f"{row.get('data')}, {how}, R@10 of {row.get('N')}"
             found[f"retrieval: {way}, {searched}, %"] = row[way].get("R@10")
     return found
 

@@ -242,6 +242,29 @@ def listing_of(labels, classes, multilabel=False):
     return data.make_listing("x", "", files, labels, classes, multilabel)
 
 
+def test_a_hub_near_to_all_queries_is_found_by_none_of_them_once_the_ranking_takes_its_nearness_off():
+    """One candidate lies in the middle of all queries, nearer than their own: the paper's rule ranks it first
+    for each of them, both corrections find each query's own, and by the slow formula."""
+    g = torch.Generator().manual_seed(0)
+    queries = torch.randn(20, 8, generator=g) + 5
+    candidates = 5 + 3 * (queries - 5)
+    candidates[0] = queries.mean(0)
+    plain = retrieval.rank_by("plain", queries, candidates, "predicted")
+    assert (plain.argmax(1) == 0).float().mean() > 0.5
+    hubs = retrieval.rank_by("hubs", queries, candidates, "predicted")
+    centred = retrieval.rank_by("centred", queries, candidates, "predicted")
+    for scores in (hubs, centred):
+        assert (scores.argmax(1)[1:] == torch.arange(1, 20)).float().mean() > 0.9
+    q = queries - queries.mean(0)
+    c = candidates - candidates.mean(0)
+    for i in range(20):
+        for j in range(20):
+            distances = [(queries[k] - candidates[j]).abs().mean().item() for k in range(20)]
+            assert hubs[i, j].item() == pytest.approx(np.mean(distances) - distances[i], abs=1e-5)
+            cosine = (q[i] @ c[j]) / (q[i].norm() * c[j].norm())
+            assert centred[i, j].item() == pytest.approx(cosine.item(), abs=1e-5)
+
+
 def test_retrieval_draws_five_clips_of_each_class_with_a_seed():
     listing = listing_of([[i % 7] for i in range(100)], "abcdefg")
     chosen = [retrieval.choose(listing, "5", seed) for seed in (0, 0, 1)]
@@ -353,6 +376,7 @@ def test_a_query_lists_its_best_matches_by_negative_distances(toy, tmp_path, cap
     ("--query TOY/test --folder TOY", "--query TOY/test: there is no such file"),
     ("--data folder --data-dir ALONE --clips all", "1 clips have both sound and picture; .* at least 2"),
     ("--data toy --data-dir TOY --embedding projected", "has no projector"),
+    ("--query x.wav --folder . --ranking hubs", "--ranking hubs is measured over many queries"),
     ("--query x.wav --folder .", "there is no such file")])
 def test_bad_input_to_retrieval_ends_in_one_sentence(more, sentence, toy, tmp_path):
     (tmp_path / "empty").mkdir()

@@ -96,7 +96,7 @@ MJEPA = Method(
          ("--cooldown --init no.pt", "no.pt: there is no such checkpoint"),
          ("--data esc50 --data-dir .", "--data esc50 has no pictures; give --terms separate-audio, or"),
          ("--data ssv2 --data-dir .", "--data ssv2 has no sound; give --terms separate-video")),
-    weighs=True, tau=0.9)
+    weighs=True, tau=(0.9, 0.9))
 NCSU = Method(
     avjepa_ncsu, ("v", "a"),
     variants=("--modalities video", "--modalities audio", "--mask-per batch", "--seconds 0.5"),
@@ -513,6 +513,19 @@ def test_in_a_run_the_teacher_follows_the_student_by_tau_after_each_optimiser_st
             moved = max(moved, (expected - before).abs().max().item())
         teacher = {name: saved[name] for name in teacher}
     assert moved > 2e-5                                # far more than the tolerance
+
+
+@for_each([method for method in MASKED if method is not FIFTH])
+def test_the_flag_tau_says_where_the_momentum_begins_and_ends_and_is_kept_by_the_run(
+        toy, quick, method, tmp_path, capsys):
+    flags = flags_of(toy, tmp_path, "--steps 3 --log-every 1 --tau .5 .9")
+    method.script.main(flags)
+    taus = [row["tau"] for row in run.read_log(tmp_path)]
+    middle = (0.5 + 0.9) / 2 if method is not NCSU else 0.5 + 0.4 / 3       # NC State's is linear, to step S
+    assert taus[:2] == pytest.approx([0.5, middle])
+    assert method is NCSU or taus[2] == pytest.approx(0.9)
+    fails(method.script.main, [*flags, "--tau", ".5", ".8"], match=r"the run there has tau .*give another --out")
+    fails(method.script.main, [*flags, "--tau", ".5", "1.1"], match="--tau 1.1 is out of range")
 
 
 def begun(method, content):

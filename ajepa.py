@@ -105,7 +105,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     data.require(args.data, ("audio",), "mjepa.py --terms separate-video trains on pictures alone")
     flags = ("masking", "pred_depth", "pred_dim", "loss", "tau", "pos")
-    recipe = read_recipe(args, METHOD["name"], RECIPE, flags)
+    recipe = read_recipe(args, METHOD["name"], RECIPE, flags, ("audio",))
     common.check_range("--pred-depth", recipe["pred_depth"], 1, 1000)
     common.check_range("--pred-dim", recipe["pred_dim"], 32, 10 ** 5)
     if recipe["pred_dim"] % 32:

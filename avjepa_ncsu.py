@@ -27,7 +27,7 @@ import math
 import common
 import data
 import probe
-from common import Block, Positions, RunningMean, ViT, gather
+from common import Block, Positions, RunningMean, UserError, ViT, gather
 from run import COLUMNS, Run, make_parser, read_recipe, recipe_column, set_lr
 
 import numpy as np
@@ -118,7 +118,9 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.modalities != "av" and not args.out:       # not the folder of the run that it is compared with
         args.out = f"runs/{METHOD['name']}-{args.modalities}-{args.data}-seed{args.seed}"
-    recipe = read_recipe(args, METHOD["name"], RECIPE, ("clips", "tau"))
+    recipe = read_recipe(args, METHOD["name"], RECIPE, ("clips", "tau"), MODALITIES[args.modalities])
+    if recipe["gain"]:
+        raise UserError("--gain has no effect: this mel is relative to the loudest of the clip; leave it out")
     common.check_range("--clips", recipe["clips"] or 0, 0, 10 ** 9)
     column = recipe_column(args)
     rates = {name: RECIPE[name][COLUMNS.index(column)] for name in ("lr_start", "lr", "lr_end")}

@@ -115,6 +115,9 @@ class Bench(Run):
                 raise UserError(f"{flag}: a bench keeps nothing, and has --count steps; leave it out")
         if made_up and args.data_dir:
             raise UserError("--data-dir: without --data the clips are made up; give --data as well")
+        for name in data.CHANGES:
+            if made_up and getattr(args, name):
+                raise UserError(f"--{name}: without --data the clips are made up; give --data as well")
         self.count = count
         self.made_up = made_up
         self.warm = WARM_UP * (1 + args.compile)       # masks of another length compile anew
@@ -293,7 +296,7 @@ def bench_step(args, flags):
 # A clip
 # ----------------------------------------------------------------------------------------------------------
 
-PARTS = ("open", "decode", "sound", "scale", "crop", "mel", "collate", "rest")
+PARTS = ("open", "decode", "sound", "scale", "crop", "augment", "mel", "collate", "rest")
 RATES = (20, 80, 120)                   # clips/s of the table without --step-seconds
 TOGETHER = 4                            # clips that are collated at once: docker's shared memory has 64 MB
 
@@ -343,6 +346,7 @@ def stream_of(packet):
 
 TIMED = ((reader.Clip, "__init__", "open"), (reader, "decoded", stream_of), (collectors, "picture", "scale"),
          (torchaudio.functional, "resample", "sound"), (data.LogMel, "forward", "mel"),
+         (data.Augment, "video", "augment"), (data.Augment, "audio", "augment"),
          (batches, "share", "collate"))
 
 
@@ -381,7 +385,7 @@ def bench_data(args, flags):
     run, inputs, plan = planned(args, flags)
     if run.world > 1:
         raise UserError("bench.py data runs in one process; start it without torchrun")
-    clips = data.Clips(run.listing, inputs, plan, run.args.seed)
+    clips = data.Clips(run.listing, inputs, plan, run.args.seed, augment=run.augment)
     troubles = data.Troubles(len(run.listing), run.args.max_bad)
     order = np.random.default_rng(0).permutation(len(run.listing)).tolist()
     keys = [(n // len(order), order[n % len(order)]) for n in range(args.clips)]

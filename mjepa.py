@@ -135,7 +135,8 @@ def get_args(argv=None):
     table = {**RECIPE, **COOLDOWN} if args.cooldown else dict(RECIPE)
     if args.aligned:
         table["video_seconds"] = RECIPE["video_seconds"]
-    recipe = read_recipe(args, METHOD["name"], table, ("tau",))
+    takes = {"separate-audio": ("audio",), "separate-video": ("video",)}.get(args.terms, INPUTS["av"])
+    recipe = read_recipe(args, METHOD["name"], table, ("tau",), takes)
     recipe["video_seconds"] = min(recipe["video_seconds"], recipe["seconds"])
     if args.aligned:
         recipe["seconds"] = recipe["video_seconds"]

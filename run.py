@@ -580,6 +580,7 @@ class Run:
         self.batch = recipe["batch_size"] // self.world                    # clips of this rank ...
         self.places = range(self.rank, recipe["batch_size"], self.world)   # ... and their places in a step
         per_epoch = len(self.listing) // recipe["batch_size"]
+        self.augment = data.Augment(**{name: recipe[name] for name in data.CHANGES})
         self.total = recipe["steps"] or max(1, round(recipe["epochs"] * per_epoch))
         recipe["steps"] = self.total
 
@@ -644,7 +645,7 @@ class Run:
         if args.fresh or args.resume == "auto" and not os.path.exists(file):
             return None
         found = common.load_checkpoint(file, self.method["name"])
-        before = found["recipe"]
+        before = {**asdict(data.Augment()), **found["recipe"]}     # of a run before there was any
         free = {"epochs"}                              # the steps say it all
         if (args.steps or args.epochs) and before.get("steps", self.total) < self.total:
             free.add("steps")                          # longer, and asked for: not by a set that has grown
@@ -725,7 +726,7 @@ class Run:
 
     def load(self, plan):
         """An iterator over the micro-batches of all steps that are left."""
-        clips = data.Clips(self.listing, self.inputs, plan, self.args.seed)
+        clips = data.Clips(self.listing, self.inputs, plan, self.args.seed, augment=self.augment)
         pin = self.device.type == "cuda"
         return iter(data.train_loader(clips, self.order, self.workers, pin, self.args.accumulate))
 
@@ -1147,6 +1148,15 @@ def make_parser(doc, name):
     add_method("--size", help=f"ViT: {', '.join(common.SIZES)} (default: the recipe's)")
     add_method("--seconds", type=float,
         help="length of a view; where the pictures are shorter, of its sound (default: the recipe's)")
+    add = parser.add_argument_group("augmentation of the training views (default: the recipe's, in the "
+        "papers none; 0: off)").add_argument
+    add("--jitter", type=float, help="of brightness, contrast and saturation, 0 to 1: factors of 1 +- this")
+    add("--hue", type=float, help="at most this share of a turn of the colour circle, 0 to .5")
+    add("--grey", type=float, help="probability of a view without colours")
+    add("--blur", type=float, help="probability of a blurred view")
+    add("--gain", type=float, help="louder or softer by up to so many dB")
+    add("--filter", type=float, help="bass, middle and treble louder or softer by up to so many dB")
+    add("--noise", type=float, help="white noise so many dB below the sound, or up to 20 more")
     add_machine("--compile", action="store_true", help="torch.compile the encoder")
     add_machine("--checkpoint-activations", action="store_true",
         help="less memory: the backward pass computes each block again")
@@ -1158,19 +1168,19 @@ def recipe_column(args):
     return args.recipe or ("toy" if data.find_set(args.data).make else "paper")
 
 
-def read_recipe(args, name, table, flags=()):
+def read_recipe(args, name, table, flags=(), modalities=("video", "audio")):
     """The column of a recipe's table {value's name: (paper, toy, source)} that a run takes, with the flags
     that were given (of `flags` and of those that all scripts share) in place of its values. Checks the
-    shared flags; sets args.out where it was left open. name: of the method."""
+    shared flags; sets args.out where it was left open. name: of the method; modalities: that it takes."""
     column = COLUMNS.index(recipe_column(args))
-    recipe = {key: row[column] for key, row in table.items()}
+    recipe = {**asdict(data.Augment()), **{key: row[column] for key, row in table.items()}}
     for flag, value in vars(args).items():
         if value == "":
             raise UserError(f"--{flag.replace('_', '-')} '': is empty; give a value, or leave the flag out")
     if args.steps is not None or args.epochs is not None:
         recipe["steps"] = args.steps
         recipe["epochs"] = args.epochs
-    for key in ("size", "batch_size", "lr", "seconds", *flags):
+    for key in ("size", "batch_size", "lr", "seconds", *data.CHANGES, *flags):
         value = getattr(args, key)
         if value is not None:
             recipe[key] = tuple(value) if isinstance(value, list) else value
@@ -1183,6 +1193,12 @@ def read_recipe(args, name, table, flags=()):
     check_range("--steps", 1 if recipe["steps"] is None else recipe["steps"], 1, 10 ** 9)
     check_range("--epochs", 1 if recipe["epochs"] is None else recipe["epochs"], 1e-6, 10 ** 6)
     check_range("--seconds", recipe["seconds"], 0.1, 3600)
+    for key, (modality, largest) in data.CHANGES.items():
+        check_range(f"--{key}", recipe[key], 0, largest)
+        if modality not in modalities:
+            if getattr(args, key):
+                raise UserError(f"--{key} has no effect: this run takes {modalities[0]} alone; leave it out")
+            recipe[key] = 0.0                          # of the table
     check_range("--accumulate", args.accumulate, 1, 10 ** 6)
     check_range("--log-every", args.log_every, 1, 10 ** 9)
     check_range("--save-every", args.save_every, 1, 10 ** 9)

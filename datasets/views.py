@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from common import one_thread
+from datasets.augment import Augment
 from datasets.inputs import Inputs, LogMel, crop_transform, normalize_video
 from datasets.reader import ClipError, open_clip
 
@@ -62,14 +63,16 @@ class Clips(Dataset):
     `replace` another one is drawn for it; without, the item holds no more. With `replace` another one is
     drawn, too, for a clip with a view in which nothing decoded; `empty` names these.
 
-    plan(rng, duration) -> list of View is the method's policy (at module level: it must pickle).
+    plan(rng, duration) -> list of View is the method's policy (at module level: it must pickle). augment:
+    what of each view is changed, in training alone.
     """
-    def __init__(self, listing, inputs, plan, seed=0, replace=True):
+    def __init__(self, listing, inputs, plan, seed=0, replace=True, augment=None):
         self.listing = listing
         self.inputs = inputs
         self.plan = plan
         self.seed = seed
         self.replace = replace
+        self.augment = augment or Augment()
         self.mel = LogMel(inputs) if inputs.n_mels else None
         self.crops = {crop: crop_transform(inputs, crop) for crop in (*CROPS[3], "flip", "random")}
 
@@ -112,19 +115,22 @@ class Clips(Dataset):
         frames = {}
         for window, array in zip(video_windows, read["video"]):
             frames[window] = torch.from_numpy(array).permute(0, 3, 1, 2)                    # (T, 3, H, W)
-        mels = {}
+        waves = {}
         for window, wave in zip(audio_windows, read["audio"]):
-            mels[window] = self.mel(torch.from_numpy(wave))                                 # (1, F, T)
+            waves[window] = torch.from_numpy(wave)                                          # (samples,)
         seen = dict(zip(video_windows, read["seen"]))
         heard = dict(zip(audio_windows, read["heard"]))
         video = []
-        with torch.random.fork_rng(devices=[]):     # torchvision draws its crops from torch's global stream
+        with torch.random.fork_rng(devices=[]):     # torchvision draws from torch's global stream
             # of the CPU alone: torch.manual_seed would note for each GPU where it was called from, 1 ms
             torch.default_generator.manual_seed(int(rng.integers(2 ** 62)))
             for view in views:
                 if view.video:
                     cut = self.crops[view.video](frames[view.video_window])         # (T, 3, size, size)
                     video.append(cut.transpose(0, 1))                               # (3, T, size, size)
+            if self.augment.changes_video:              # once all are cut, as they are without it
+                video = [self.augment.video(x) for x in video]
+            audio = self.hear(waves, [view.sound_window for view in views if view.audio])
         present = [[bool(view.video), bool(view.audio)] for view in views]
         decoded = []
         for view in views:
@@ -135,8 +141,17 @@ class Clips(Dataset):
             "present": present,
             "decoded": present & torch.tensor(decoded),                                     # (V, 2)
             "video": video,
-            "audio": [mels[view.sound_window] for view in views if view.audio],
+            "audio": audio,
             **{flag: read[flag] for flag in FLAGS}}
+
+    def hear(self, waves, windows):
+        """The mel (1, F, T) of each of the windows of {window: wave}; the same window has one mel, but for
+        augmented views, which have each their own."""
+        if self.augment.changes_audio:
+            rate = self.inputs.sample_rate
+            return [self.mel(self.augment.audio(waves[window], rate)) for window in windows]
+        mels = {window: self.mel(wave) for window, wave in waves.items()}
+        return [mels[window] for window in windows]
 
 
 def read_windows(path, inputs, plan):

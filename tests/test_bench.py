@@ -132,7 +132,7 @@ def clips_of(method, toy, *flags):
     """data.Clips as the method's script makes them of the toy clips."""
     words = ["data", "--data", "folder", "--data-dir", f"{toy}/train", "--method", method, *flags]
     run, inputs, plan = bench.planned(*bench.get_args([*words, "--recipe", "toy"]))
-    return data.Clips(run.listing, inputs, plan)
+    return data.Clips(run.listing, inputs, plan, augment=data.Augment(jitter=0.4, gain=6.0))
 
 
 @METHODS
@@ -283,8 +283,11 @@ def test_data_says_how_many_cores_a_step_wants(toy, folder, capsys):
     for rate in (20, 80, 120):
         cores = float(re.search(rf"^{rate} clips/s want ([\d.]+) cores", shown, re.M)[1])
         assert cores == pytest.approx(rate * number(shown, "total") / 1e3, rel=0.01, abs=0.051)
-    bench.main([*words.split(), "--step-seconds", "0.25"])
-    assert re.search(r"a step of 24 clips in 0.25 s:\n96 clips/s want", capsys.readouterr().out)
+    assert number(shown, "augment") == 0
+    bench.main([*words.split(), "--step-seconds", "0.25", "--jitter", "0.4"])
+    shown = capsys.readouterr().out
+    assert re.search(r"a step of 24 clips in 0.25 s:\n96 clips/s want", shown)
+    assert number(shown, "augment") > 0
     assert not list(folder.iterdir())
 
 
@@ -302,6 +305,7 @@ def test_a_set_without_a_readable_clip_is_a_sentence(tmp_path):
     ("ajepa --resume x", "--resume: a bench keeps nothing"),
     ("mjepa --steps 3", "--steps: a bench keeps nothing"),
     ("mjepa --data-dir x", "--data-dir: without --data the clips are made up"),
+    ("mjepa --blur 0.5", "--blur: without --data the clips are made up"),
     ("mjepa --count 0", "--count 0 is out of range"),
     ("ajepa --batch-size 1", "--batch-size 1 is out of range"),
     ("ajepa --size nano --batch-size 4 --accumulate 3", "--batch-size 4 is not divisible by 1 processes x 3"),

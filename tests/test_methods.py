@@ -75,6 +75,7 @@ AJEPA = Method(
          ("--pred-dim 100", "--pred-dim 100: not a multiple of 32"),
          ("--pred-depth 0", "--pred-depth 0 is out of range"),
          ("--tf-removes time", "--tf-removes has no effect without --masking curriculum"),
+         ("--jitter 0.4", "--jitter has no effect: this run takes audio alone"),
          ("--masking random --block-aspect patch", "--block-aspect has no effect on --masking random"),
          ("--data ssv2 --data-dir .", "--data ssv2 has no sound; mjepa.py --terms separate-video")),
     replaces=True)
@@ -882,6 +883,7 @@ BAD = [                                                # flags that all share: e
     (f"--out {300 * 'x'}", "xxx: cannot be made (File name too long)"),
     (f"--resume {300 * 'x'}", "xxx: there is no such checkpoint"),
     ("--online-probe", "toy/train have no labels; put them into sub-folders, one for each class, or leave"),
+    ("--noise -1", "--noise -1.0 is out of range: from 0 to 100"),
 ]
 ROWS = []
 for number, each in enumerate(PAPERS):

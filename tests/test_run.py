@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import common
@@ -574,6 +575,20 @@ def test_a_run_of_another_recipe_is_refused_by_all_that_differs(tmp_path):
     fails(train, tmp_path, "--out", tmp_path / "clips" / "00.wav", "--fresh", match="cannot be made")
 
 
+def test_a_run_goes_on_with_its_own_augmentation_alone_and_one_from_before_there_was_any_without(tmp_path):
+    train(tmp_path, "--steps", 2, "--jitter", 0.4)
+    assert "has jitter 0.4 (now 0.2);" in fails(train, tmp_path, "--steps", 3, "--jitter", 0.2)
+    assert "has jitter 0.4 (now 0.0);" in fails(train, tmp_path, "--steps", 3)
+    train(tmp_path, "--steps", 3, "--jitter", 0.4)
+    train(tmp_path, "--steps", 2, "--fresh")
+    content = weights(tmp_path / "run")
+    content["recipe"] = {k: v for k, v in content["recipe"].items() if k not in data.CHANGES}
+    torch.save(content, tmp_path / "run" / "latest.pt")
+    assert "has jitter 0.0 (now 0.4);" in fails(train, tmp_path, "--steps", 3, "--jitter", 0.4)
+    train(tmp_path, "--steps", 3)
+    assert [row["step"] for row in run.read_log(tmp_path / "run")] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("interrupt, words", [
     (2, ["--steps", 6]), (None, ["--steps", 6]), (None, ["--epochs", 3])])
 def test_a_run_is_made_longer_by_more_steps_or_epochs_and_says_so_once(
@@ -1015,7 +1030,7 @@ def test_the_workers_share_the_cores(monkeypatch):
 
 def test_a_run_takes_the_column_of_its_recipe_with_the_flags_in_place_of_its_values():
     args, recipe = read()
-    shared = dict(size="nano", seconds=1.0, batch_size=8, warmup=0.1, seed=0)
+    shared = dict(size="nano", seconds=1.0, batch_size=8, warmup=0.1, seed=0, **asdict(data.Augment()))
     assert recipe == {**shared, "lr": 0.05, "steps": 4, "epochs": None, "data": "toy"}
     assert args.out == "runs/little-toy-seed0"
     _, recipe = read("--data", "vggsound")                     # the paper's, but for the toy clips

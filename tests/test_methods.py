@@ -33,7 +33,7 @@ import retrieval
 import run
 import visualize
 from common import UserError
-from conftest import FORK, ROOT, command, forked, last_row, same, weights
+from conftest import FORK, ROOT, command, fails, forked, last_row, same, weights
 from slow import quicken_table, random, shake
 
 import numpy as np
@@ -525,7 +525,7 @@ def test_the_flag_tau_says_where_the_momentum_begins_and_ends_and_is_kept_by_the
     middle = (0.5 + 0.9) / 2 if method is not NCSU else 0.5 + 0.4 / 3       # NC State's is linear, to step S
     assert taus[:2] == pytest.approx([0.5, middle])
     assert method is NCSU or taus[2] == pytest.approx(0.9)
-    fails(method.script.main, [*flags, "--tau", ".5", ".8"], match=r"the run there has tau .*give another --out")
+    fails(method.script.main, [*flags, "--tau", ".5", ".8"], match="the run there has tau .*another --out")
     fails(method.script.main, [*flags, "--tau", ".5", "1.1"], match="--tau 1.1 is out of range")
 
 

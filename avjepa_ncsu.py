@@ -119,8 +119,9 @@ def get_args(argv=None):
     if args.modalities != "av" and not args.out:       # not the folder of the run that it is compared with
         args.out = f"runs/{METHOD['name']}-{args.modalities}-{args.data}-seed{args.seed}"
     recipe = read_recipe(args, METHOD["name"], RECIPE, ("clips", "tau"), MODALITIES[args.modalities])
-    if recipe["gain"]:
+    if args.gain:
         raise UserError("--gain has no effect: this mel is relative to the loudest of the clip; leave it out")
+    recipe["gain"] = 0.0
     common.check_range("--clips", recipe["clips"] or 0, 0, 10 ** 9)
     column = recipe_column(args)
     rates = {name: RECIPE[name][COLUMNS.index(column)] for name in ("lr_start", "lr", "lr_end")}

@@ -28,7 +28,7 @@ import numpy as np
 
 from common import UserError, check_range, main_guard
 from datasets.audioset import list_audioset
-from datasets.augment import CHANGES, Augment  # noqa: F401
+from datasets.augment import AUGMENT, CHANGES, Augment  # noqa: F401
 from datasets.batches import Batches, Troubles, eval_batches, eval_loader, train_loader  # noqa: F401
 from datasets.check import check, mel_stats
 from datasets.collectors import picture, pixel_aspect  # noqa: F401
@@ -63,6 +63,7 @@ class DataSet:
     make: Callable | None = None            # (folder) writes the set, where it is not there ...
     folder: Callable | None = None          # ... into () -> folder, unless another one is given
     lists: tuple = ()                       # glob patterns below the folder: the set's own lists
+    augment: bool = True                    # False: colours are its classes, the recipes change none
 
 
 AS_2M = partial(list_audioset, parts=["unbalanced_train"])
@@ -70,7 +71,8 @@ AS_20K = partial(list_audioset, parts=["balanced_train"])
 AS_FULL = partial(list_audioset, parts=["unbalanced_train", "balanced_train"])
 AS_LISTS = ("class_labels_indices.csv", "*_segments.csv")
 SETS = {
-    "toy": DataSet(list_toy, make=make_toy, folder=toy_folder, lists=("world.json", "*/truth.npz")),
+    "toy": DataSet(list_toy, make=make_toy, folder=toy_folder, lists=("world.json", "*/truth.npz"),
+                   augment=False),
     "audioset": DataSet(AS_2M, seconds=10.0, lists=AS_LISTS),
     "audioset-20k": DataSet(AS_20K, seconds=10.0, lists=AS_LISTS),
     "audioset-full": DataSet(AS_FULL, seconds=10.0, lists=AS_LISTS),

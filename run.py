@@ -1148,8 +1148,8 @@ def make_parser(doc, name):
     add_method("--size", help=f"ViT: {', '.join(common.SIZES)} (default: the recipe's)")
     add_method("--seconds", type=float,
         help="length of a view; where the pictures are shorter, of its sound (default: the recipe's)")
-    add = parser.add_argument_group("augmentation of the training views (default: the recipe's, in the "
-        "papers none; 0: off)").add_argument
+    add = parser.add_argument_group("augmentation of the training views (default: none in the papers; the "
+        "toy's recipes have all but blur, but for --data toy; 0: off)").add_argument
     add("--jitter", type=float, help="of brightness, contrast and saturation, 0 to 1: factors of 1 +- this")
     add("--hue", type=float, help="at most this share of a turn of the colour circle, 0 to .5")
     add("--grey", type=float, help="probability of a view without colours")
@@ -1172,8 +1172,11 @@ def read_recipe(args, name, table, flags=(), modalities=("video", "audio")):
     """The column of a recipe's table {value's name: (paper, toy, source)} that a run takes, with the flags
     that were given (of `flags` and of those that all scripts share) in place of its values. Checks the
     shared flags; sets args.out where it was left open. name: of the method; modalities: that it takes."""
-    column = COLUMNS.index(recipe_column(args))
-    recipe = {**asdict(data.Augment()), **{key: row[column] for key, row in table.items()}}
+    name_of_column = recipe_column(args)
+    column = COLUMNS.index(name_of_column)
+    recipe = {key: row[column] for key, row in table.items()}
+    augment = data.AUGMENT[name_of_column] if data.find_set(args.data).augment else data.Augment()
+    recipe.update(asdict(augment))
     for flag, value in vars(args).items():
         if value == "":
             raise UserError(f"--{flag.replace('_', '-')} '': is empty; give a value, or leave the flag out")

@@ -20,7 +20,6 @@ CHANGES = {                             # name: (what it changes, its largest va
 @dataclass(frozen=True)
 class Augment:
     """What is changed of each view, by draws from torch's global stream; 0: nothing."""
-    # differs: the papers' views are cropped and flipped, and no more
     jitter: float = 0.0     # of brightness, contrast and saturation: factors from 1 - jitter to 1 + jitter
     hue: float = 0.0        # of a turn of the colour circle, at most
     grey: float = 0.0       # probability of a view without colours
@@ -72,6 +71,14 @@ class Augment:
         if self.gain:
             wave = wave * 10 ** (draw(-self.gain, self.gain) / 20)
         return wave
+
+
+# differs (toy): the papers' views are cropped and flipped, and no more. A small set of clips that each have
+# colours and a microphone of their own is told apart by these alone, and nothing else is learnt
+AUGMENT = {
+    "paper": Augment(),
+    "toy": Augment(jitter=0.8, hue=0.5, grey=0.2, gain=6.0, filter=6.0, noise=10.0),
+}
 
 
 def draw(low, high):

@@ -2,6 +2,7 @@
 import itertools
 
 import ajepa
+import avjepa_lejepa
 import avjepa_ncsu
 import data
 import mjepa
@@ -205,7 +206,7 @@ def test_augmented_items_are_a_pure_function_of_seed_epoch_and_index_with_worker
 def test_training_views_are_changed_and_not_what_is_measured_or_evaluated(toy, tmp_path, monkeypatch):
     quicken(monkeypatch, mjepa)
     calls = [record(monkeypatch, Augment, name) for name in ("video", "audio")]
-    train(mjepa, toy, tmp_path / "run", "--steps", 1, "--jitter", 0.4, "--filter", 12)
+    train(mjepa, toy, tmp_path / "run", "--steps", 1, "--jitter", 0.4, "--filter", 12, "--noise", 0)
     recipe = weights(tmp_path / "run")["recipe"]
     assert (recipe["jitter"], recipe["filter"], recipe["noise"]) == (0.4, 12, 0)
     assert [len(each) for each in calls] == [4, 4]     # of each clip of the batch; none for the mel's mean
@@ -224,16 +225,24 @@ def test_a_change_of_what_a_run_does_not_take_is_refused_and_that_of_the_table_l
         script, words, name, alone, monkeypatch):
     message = fails(script.get_args, [*words.split(), f"--{name}", "0.1"])
     assert message == f"--{name} has no effect: this run takes {alone} alone; leave it out"
-    monkeypatch.setitem(script.RECIPE, name, (0.2, 0.2, ""))
-    assert script.get_args(words.split())[1][name] == 0
+    assert script.get_args([*words.split(), "--recipe", "toy"])[1][name] == 0
 
 
-def test_a_recipes_change_stands_until_the_flag_gives_another_and_0_is_none(monkeypatch):
-    monkeypatch.setitem(mjepa.RECIPE, "jitter", (0.0, 0.4, ""))
-    assert mjepa.get_args([])[1]["jitter"] == 0.4
-    assert mjepa.get_args(["--recipe", "paper"])[1]["jitter"] == 0
-    assert mjepa.get_args(["--jitter", "0"])[1]["jitter"] == 0
-    assert mjepa.get_args(["--jitter", "0.3"])[1]["jitter"] == 0.3
+@pytest.mark.parametrize("script", [ajepa, avjepa_lejepa, mjepa, avjepa_ncsu])
+def test_the_papers_and_the_coloured_toy_change_nothing_and_the_toys_recipe_all_other_sets(script):
+    for words, changes in (("", False), ("--data folder", False), ("--data folder --recipe toy", True)):
+        recipe = script.get_args(words.split())[1]
+        for name, (modality, _) in data.CHANGES.items():
+            takes = modality == "audio" or script is not ajepa
+            moves = name != "blur" and not (script is avjepa_ncsu and name == "gain")
+            assert bool(recipe[name]) == (changes and takes and moves), (words, name)
+
+
+def test_a_recipes_change_stands_until_the_flag_gives_another_and_0_is_none():
+    words = ["--data", "folder", "--recipe", "toy"]
+    assert mjepa.get_args(words)[1]["jitter"] == data.AUGMENT["toy"].jitter
+    assert mjepa.get_args([*words, "--jitter", "0"])[1]["jitter"] == 0
+    assert mjepa.get_args([*words, "--jitter", "0.3"])[1]["jitter"] == 0.3
 
 
 @pytest.mark.parametrize("name", data.CHANGES)

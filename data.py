@@ -38,13 +38,15 @@ from datasets.inputs import IMAGENET_MEAN, IMAGENET_STD, Inputs, LogMel  # noqa:
 from datasets.inputs import crop_transform, normalize_video  # noqa: F401
 from datasets.kinetics import KINETICS_LISTS, list_kinetics
 from datasets.listing import Listing, describe, join, make_listing, read_columns  # noqa: F401
+from datasets.made import write_clip  # noqa: F401
 from datasets.prepare import prepare
 from datasets.reader import ClipError, find_streams, open_clip, read_clip, time_stretch  # noqa: F401
 from datasets.rewrite import Coding
 from datasets.shards import is_clip  # noqa: F401
 from datasets.sounds import list_esc50, list_fsd50k, list_speechcommands
 from datasets.ssv2 import SSV2_LISTS, list_ssv2
-from datasets.toy import TOY, TOY_CLASSES, list_toy, make_toy, toy_clip, toy_folder, write_clip  # noqa: F401
+from datasets.still import STILL, STILL_CLASSES, STILL_WORLD, still_clip  # noqa: F401
+from datasets.toy import TOY, TOY_CLASSES, TOY_WORLD, toy_clip  # noqa: F401
 from datasets.vggsound import list_vggsound
 from datasets.views import CROPS, Clips, View, even_views, place_views  # noqa: F401
 from datasets.views import collate, load_clip, load_views, to_device  # noqa: F401
@@ -70,9 +72,12 @@ AS_2M = partial(list_audioset, parts=["unbalanced_train"])
 AS_20K = partial(list_audioset, parts=["balanced_train"])
 AS_FULL = partial(list_audioset, parts=["unbalanced_train", "balanced_train"])
 AS_LISTS = ("class_labels_indices.csv", "*_segments.csv")
+MADE_LISTS = ("world.json", "*/truth.npz")
 SETS = {
-    "toy": DataSet(list_toy, make=make_toy, folder=toy_folder, lists=("world.json", "*/truth.npz"),
-                   augment=False),
+    "toy": DataSet(
+        TOY_WORLD.list, make=TOY_WORLD.make, folder=TOY_WORLD.folder, lists=MADE_LISTS, augment=False),
+    "toy-still": DataSet(
+        STILL_WORLD.list, make=STILL_WORLD.make, folder=STILL_WORLD.folder, lists=MADE_LISTS),
     "audioset": DataSet(AS_2M, seconds=10.0, lists=AS_LISTS),
     "audioset-20k": DataSet(AS_20K, seconds=10.0, lists=AS_LISTS),
     "audioset-full": DataSet(AS_FULL, seconds=10.0, lists=AS_LISTS),
@@ -178,7 +183,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", default="toy", help=", ".join(SETS))
-    add("--data-dir", help="folder with the clips and the csv files (toy: where to write them)")
+    add("--data-dir", help="folder with the clips and the csv files (toys: where to write them)")
     add("--split", choices=("train", "test"), default="train")
     add("--check", action="store_true", help="decode a part of each clip: what is missing, unreadable, long")
     add("--stats", action="store_true", help="mean and std of the mel in dB, for --mel-mean and --mel-std")

@@ -421,7 +421,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=run.Help)
     add_data, add_run, add_method, _ = run.flag_groups(parser)
     add_data("--data", required=True, help=", ".join(data.SETS))
-    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
+    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toys: in cache/)")
     add_run("--ckpt", required=True, help="folder of a run, or its latest.pt")
     add_run("--seed", type=int, default=0, help="of the decoder's start, views, masks and the clips drawn")
     add_method("--decode", choices=("together", "apart"), default="together",

@@ -103,11 +103,13 @@ BLOCKS_BATCH = 32                                       # more clips with four b
 
 
 def choose_column(args, encoder):
-    """The column of a protocol: by --probe and --recipe; without the latter 'toy' for the toy clips, and for
-    an encoder that was trained with that recipe."""
+    """The column of a protocol: by --probe and --recipe; without the latter 'toy' for the toy sets, and for
+    an encoder that was trained on one or with that recipe."""
     if args.probe == "finetune":
         return "finetune"
-    small = "toy" in (args.data, encoder.args.get("data"), encoder.args.get("recipe"))
+    small = encoder.args.get("recipe") == "toy"
+    for name in (args.data, encoder.args.get("data")):
+        small = small or (name in data.SETS and data.SETS[name].make is not None)
     recipe = args.recipe or ("toy" if small else "paper")
     return "toy" if recipe == "toy" else "frozen"
 
@@ -705,7 +707,7 @@ def toy_report(out, data_dir, process, workers, name="toy"):
         row.setdefault("few", {})[modality] = float(np.mean(few))
     most_common = dict.fromkeys(modalities, 100 * y_test.bincount().max().item() / len(y_test))
     table["chance"] = {**most_common, "few": most_common, **chance}
-    print_table(table, modalities, ways, len(y_test))
+    print_table(table, modalities, ways, test.name, len(y_test))
     table["seconds"] = round(time.time() - began, 1)
     text = json.dumps(table, indent=1) + "\n"
     file = Path(out) / "results.json"
@@ -715,11 +717,11 @@ def toy_report(out, data_dir, process, workers, name="toy"):
     return table
 
 
-def print_table(table, modalities, ways, clips):
+def print_table(table, modalities, ways, data_name, clips):
     """The rows of toy_report on the screen: the probes, with all labels and with few, then retrieval."""
     columns = [((m,), m) for m in modalities] + [(("few", m), m) for m in modalities]
     width = 11 * len(modalities)
-    print(f"\nheld-out toy clips, percent (N = {clips}), linear probe of")
+    print(f"\nheld-out {data_name} clips, percent (N = {clips}), linear probe of")
     print(" " * 12 + f"{'all labels':>{width}s}{f'{FEW} a class':>{width}s}")
     print_rows(table, columns)
     if ways:
@@ -792,7 +794,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=run.Help)
     add_data, add_run, add_method, _ = run.flag_groups(parser)
     add_data("--data", required=True, help=", ".join(data.SETS))
-    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
+    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toys: in cache/)")
     add_data("--split", choices=("train", "test", "all"), help="of --save-features; default: all")
     add_run("--ckpt", nargs="+", required=True,
         help="folder of a run, its latest.pt or another checkpoint; of several, each in turn")
@@ -808,7 +810,7 @@ def make_parser():
         "by side; or all of it trained")
     add_method("--recipe", choices=("paper", "toy"),
         help="the method's protocol, or that of small sets, in which a linear probe is a regression; "
-        "default: toy for the toy clips, and for an encoder that was trained so")
+        "default: toy for the toy sets, and for an encoder that was trained so")
     add_method("--head", choices=(*kinds.HEADS, "regression"),
         help="linear (behind a LayerNorm), standardised, or a logistic regression by scikit-learn, on the "
         "embedding; attentive (one query), cross (with residual and MLP), or blocks (cross behind four "

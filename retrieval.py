@@ -324,7 +324,7 @@ def get_args(argv=None):
     both = [name for name, data_set in data.SETS.items() if len(data_set.has) == 2]
     add_data, add_run, add_method, _ = run.flag_groups(parser)
     add_data("--data", help=f"{', '.join(both)} (default: none, with --query)")
-    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
+    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toys: in cache/)")
     add_data("--clips", default="5", help="all, a number of clips for each class, or a file with ids")
     add_data("--query", help="a sound or a video: list its best matches in --folder (default: none)")
     add_data("--folder", help="folder that is searched with --query (default: none)")

@@ -1122,7 +1122,7 @@ def make_parser(doc, name):
     add_data, add_run, add_method, add_machine = flag_groups(parser)
     add_data("--data", default="toy", help=", ".join(data.SETS))
     add_data("--data-dir",
-        help="folder with the clips and the csv files (default: none; toy: in cache/)")
+        help="folder with the clips and the csv files (default: none; toys: in cache/)")
     add_data("--max-bad", type=float, default=0.1,
         help="stop when more than this share of the clips does not decode")
     add_run("--out", help=f"folder of the run (default: runs/{name}-DATA-seedSEED)")
@@ -1144,7 +1144,7 @@ def make_parser(doc, name):
     add_run("--keep-every", type=int,
         help=f"steps between two checkpoints that stay, as {step_file(1000)} (default: none)")
     add_method("--recipe", choices=COLUMNS,
-        help="values of the table at the top (default: toy for --data toy, else paper)")
+        help="values of the table at the top (default: toy for the toy sets, else paper)")
     add_method("--size", help=f"ViT: {', '.join(common.SIZES)} (default: the recipe's)")
     add_method("--seconds", type=float,
         help="length of a view; where the pictures are shorter, of its sound (default: the recipe's)")

@@ -1029,7 +1029,7 @@ def load(args, process, untrained=False):
 
 
 def encoder_flags(add_data, add_run, add_method):
-    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toy: in cache/)")
+    add_data("--data-dir", help="folder with the clips and the csv files (default: none; toys: in cache/)")
     add_run("--ckpt", required=True, help="folder of a run, or its latest.pt")
     add_run("--out", help="folder for the files (default: the run's)")
     add_method("--untrained", action="store_true",

@@ -3,24 +3,11 @@
 The class is heard as timbre and seen as hue. Size is pitch (small is high). Each bounce is an onset. The
 shape, the background, brightness, place, drift, gain and noise mean nothing; in half of the clips a second
 object of another hue glides by without bouncing or sounding."""
-import json
-import os
-import shutil
-import tempfile
-from pathlib import Path
-
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from common import UserError, end_workers
-from datasets.batches import Loader
-from datasets.files import scan
-from datasets.listing import list_found
-from datasets.reader import reason_of
+from datasets.made import World
 
 TOY = dict(train=1536, test=256, seconds=4.0, fps=10, side=64, sample_rate=16000, seed=0, version=2)
 TOY_CLASSES = ("red odd", "orange saw", "green octaves", "teal bell",
@@ -28,39 +15,13 @@ TOY_CLASSES = ("red odd", "orange saw", "green octaves", "teal bell",
 TOY_HUES = (0.0, 0.09, 0.36, 0.48, 0.62, 0.74, 0.87, 0.22)
 TREMOLO = 4                                                     # the class whose notes tremble ...
 BREATH = 6                                                      # ... and the one whose notes hiss
-CODING = {"preset": "ultrafast", "tune": "fastdecode", "crf": "20",
-          "x264-params": "mbtree=0"}                            # mbtree is not repeatable
-FAST = {"aac_coder": "fast"}                            # AAC in a third of the time, with 1 dB more noise
 
-
-def toy_folder():
-    """Where the clips lie unless another folder is given."""
-    return Path("cache") / f"toy-v{TOY['version']}-seed{TOY['seed']}"
-
-
-def list_toy(folder, split):
-    path = folder / split / "truth.npz"
-    try:
-        labels = np.load(path)["label"]
-    except Exception as e:                                      # numpy raises half a dozen kinds
-        raise UserError(f"{path}: cannot be read ({type(e).__name__}); remove {folder}, and the toy clips "
-                        "are written anew") from None
-    files = scan(folder, split)
-    there = set(files)
-    found = []
-    for i, label in enumerate(labels):
-        file = f"{split}/{i:05d}.mp4"
-        found.append((file if file in there else None, [label]))
-    return list_found(files, found, TOY_CLASSES)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A clip
-# ------------------------------------------------------------------------------------------------------------
 
 def toy_clip(seed, split, index):
     """One clip of the world: (frames (T, H, W, 3) uint8, wave (samples,) float32, truth dict). A pure
-    function."""
+    function. The truth: label, octave (of pitch and of 1/size), period (s between bounces), silent (is there
+    a silent object), place (T, 2), the sounding object's x and y in [0, 1] at the middle of each frame, and
+    silent_place, the silent one's (NaN without)."""
     rng = np.random.default_rng((seed, ("train", "test").index(split), index))
     label = index % len(TOY_CLASSES)
     octave = rng.uniform(0, 2)                                  # the cause that size and pitch share
@@ -86,7 +47,7 @@ def toy_clip(seed, split, index):
         frames = draw_object(frames, silent_x, silent_y, size, draw_color(rng, other), rng.integers(4))
         silent_place = np.stack([silent_x, silent_y], 1)
     frames = draw_object(frames, x, y, radius, draw_color(rng, label), rng.integers(4))
-    frames = frames * np.float32(rng.uniform(0.6, 1.0)) + 6 * rng.standard_normal(frames.shape, np.float32)
+    frames = dim(rng, frames)
     wave = play(rng, label, pitch, onsets)
     truth = {
         "label": label,
@@ -95,7 +56,7 @@ def toy_clip(seed, split, index):
         "silent": silent,
         "place": np.stack([x, y], 1),
         "silent_place": silent_place}
-    return frames.clip(0, 255).astype(np.uint8), wave, truth
+    return frames, wave, truth
 
 
 def glide(rng, t):
@@ -109,8 +70,13 @@ def draw_color(rng, label):
     h = (TOY_HUES[label] + rng.normal(0, 0.012)) % 1
     s = rng.uniform(0.7, 1.0)
     v = rng.uniform(0.7, 1.0)
+    return to_rgb(h, s, v)
+
+
+def to_rgb(h, s, v):
+    """RGB (3,) in [0, 255] of hue, saturation and value in [0, 1]."""
     k = (np.array([5, 3, 1]) + h * 6) % 6
-    return 255 * (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1))              # HSV -> RGB
+    return 255 * (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
 def draw_background(rng, t):
@@ -124,20 +90,37 @@ def draw_background(rng, t):
 def draw_object(frames, x, y, radius, color, shape):
     """Paint a disc, square, diamond or ring at (x, y) of each frame, (0, 0) the top left corner and (1, 1)
     the other."""
-    side = frames.shape[1]
-    grid = ((np.arange(side) + 0.5) / side).astype(np.float32)
-    dx = np.abs(grid[None, None, :] - x.astype(np.float32)[:, None, None]) * side           # (T, 1, W)
-    dy = np.abs(grid[None, :, None] - y.astype(np.float32)[:, None, None]) * side           # (T, H, 1)
+    dx, dy = distances(frames.shape[1], x, y)
     if shape == 1:
         distance = 1.13 * np.maximum(dx, dy)
     elif shape == 2:
         distance = 0.8 * (dx + dy)
     else:
-        distance = np.hypot(dx, dy)                                                         # (T, H, W)
+        distance = np.hypot(dx, dy)                             # (T, H, W)
     mask = np.clip(radius - distance + 0.5, 0, 1)
     if shape == 3:
         mask *= np.clip(distance - radius * 0.45 + 0.5, 0, 1)
+    return paint(frames, mask, color)
+
+
+def distances(side, x, y):
+    """How far each column and row of pixels lies from (x, y) of each frame: (T, 1, W) and (T, H, 1),
+    pixels."""
+    grid = ((np.arange(side) + 0.5) / side).astype(np.float32)
+    dx = np.abs(grid[None, None, :] - x.astype(np.float32)[:, None, None]) * side
+    dy = np.abs(grid[None, :, None] - y.astype(np.float32)[:, None, None]) * side
+    return dx, dy
+
+
+def paint(frames, mask, color):
+    """The color over the frames where mask (T, H, W) is 1."""
     return frames + mask[..., None] * (color.astype(np.float32) - frames)
+
+
+def dim(rng, frames):
+    """Brightness and noise of a clip: (T, H, W, 3) uint8."""
+    frames = frames * np.float32(rng.uniform(0.6, 1.0)) + 6 * rng.standard_normal(frames.shape, np.float32)
+    return frames.clip(0, 255).astype(np.uint8)
 
 
 def timbre(label, pitch):
@@ -180,8 +163,13 @@ def play(rng, label, pitch, onsets):
         if label == BREATH:
             note = note + 0.7 * rng.normal(size=len(s))
         wave[begin:begin + rate] += note * np.exp(-s / decay) * np.clip(s / 0.005, 0, 1)
+    return add_hiss(rng, wave)
+
+
+def add_hiss(rng, wave):
+    """White or brown noise below the wave, and a gain: (samples,) float32 in [-1, 1]."""
     brown = rng.integers(2)
-    hiss = rng.normal(size=len(t))
+    hiss = rng.normal(size=len(wave))
     if brown:
         hiss = np.cumsum(hiss)
     hiss = (hiss - hiss.mean()) / hiss.std()
@@ -190,133 +178,4 @@ def play(rng, label, pitch, onsets):
     return (gain * wave).clip(-1, 1).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------
-
-def write_clip(path, frames=None, wave=None, fps=12, sample_rate=16000, bit_rate=64_000):
-    """Write an mp4 with H.264 and AAC. frames (T, H, W, 3) uint8, wave (samples,) or (channels, samples)
-    float in [-1, 1]."""
-    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        if frames is not None:
-            video = container.add_stream("libx264", rate=fps, options=CODING)
-            video.height, video.width = frames.shape[1:3]
-            video.pix_fmt = "yuv420p"
-            video.codec_context.thread_count = 1
-        if wave is not None:
-            wave = np.atleast_2d(wave).astype(np.float32)
-            layout = "mono" if len(wave) == 1 else "stereo"
-            audio = container.add_stream("aac", rate=sample_rate, layout=layout, options=FAST)
-            audio.bit_rate = bit_rate
-        if frames is not None:                              # both streams are there before the first packet
-            for picture in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                container.mux(video.encode(picture))
-            container.mux(video.encode(None))
-        if wave is not None:
-            for first in range(0, wave.shape[1], 1024):
-                part = np.ascontiguousarray(wave[:, first:first + 1024])
-                frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
-                frame.sample_rate = sample_rate
-                frame.pts = first
-                container.mux(audio.encode(frame))
-            container.mux(audio.encode(None))
-
-
-class ToyWriter(Dataset):
-    """Writes clip i when it is asked for it: the data workers are the processes that make the set. The item
-    is its truth, or the reason why it could not be written."""
-    def __init__(self, folder, split):
-        self.folder = Path(folder)
-        self.split = split
-
-    def __len__(self):
-        return TOY[self.split]
-
-    def __getitem__(self, i):
-        frames, wave, truth = toy_clip(TOY["seed"], self.split, i)
-        path = self.folder / self.split / f"{i:05d}.mp4"
-        try:
-            write_clip(path, frames, wave, TOY["fps"], TOY["sample_rate"])
-        except (OSError, av.error.FFmpegError) as e:
-            return reason_of(e)
-        return truth
-
-
-def make_toy(folder):
-    """Write the toy clips, once: <split>/<number>.mp4, and truth.npz beside them with label, octave (of pitch
-    and of 1/size), period (s between bounces), silent (is there a silent object), place (N, T, 2), the
-    sounding object's x and y in [0, 1] at the middle of each frame, and silent_place, the silent one's (NaN
-    without). The folder appears under its name only when it is whole; of several processes that write it at
-    once the first one counts. Raises UserError where something else lies there, or nothing can be
-    written."""
-    folder = Path(folder)
-    part = None
-    try:
-        if is_made(folder):
-            return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=folder.parent))
-        for split in ("train", "test"):
-            write_split(part, split)
-        (part / "world.json").write_bytes(world())
-        part.chmod(0o755)                                       # mkdtemp's folder is its owner's alone
-        put_in_place(part, folder)
-    except OSError as e:
-        raise cannot_write(folder, reason_of(e)) from None
-    finally:
-        if part is not None and part.exists():                  # it was not put in place
-            try:
-                end_workers()                                   # they would go on writing
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-
-
-def is_made(folder):
-    """Whether the toy clips are there. UserError where something else is."""
-    if (folder / "world.json").is_file():
-        if (folder / "world.json").read_bytes() != world():
-            raise UserError(f"{folder} holds toy clips of another world; "
-                            "remove it or give another --data-dir")
-        return True
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no toy clips; "
-                        "give --data-dir an empty or a new folder")
-    return False
-
-
-def world():
-    """What world.json holds."""
-    return json.dumps(TOY, sort_keys=True).encode()
-
-
-def put_in_place(part, folder):
-    """Give the whole folder its name, unless another process was first."""
-    try:
-        if folder.exists():
-            folder.rmdir()                                      # it is empty
-        part.rename(folder)
-    except OSError:
-        if not is_made(folder):
-            raise
-
-
-def cannot_write(folder, reason):
-    return UserError(f"{folder}: the toy clips cannot be written there ({reason}); make room, or give "
-                     "--data-dir another folder")
-
-
-def write_split(folder, split):
-    (folder / split).mkdir()
-    clips = ToyWriter(folder, split)
-    workers = os.cpu_count() or 1
-    loader = Loader(clips, workers, batch_size=None)
-    truths = []
-    for truth in tqdm(loader, desc=f"writing toy clips ({split})", unit="clip"):
-        if isinstance(truth, str):
-            raise OSError(truth)
-        truths.append(truth)
-    columns = {}
-    for key in truths[0]:
-        columns[key] = np.stack([np.asarray(truth[key]) for truth in truths])
-    np.savez(folder / split / "truth.npz", **columns)
+TOY_WORLD = World("toy", TOY, TOY_CLASSES, toy_clip)

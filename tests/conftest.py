@@ -345,15 +345,18 @@ def clips(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """A toy world of 24 training and 16 test clips that scripts take for the whole one."""
-    whole = dict(data.TOY)
-    folder = tmp_path_factory.mktemp("world") / "toy"
+def write_world(world, folder):
+    """24 training and 16 test clips of a made-up world that scripts take for the whole one."""
+    whole = dict(world.numbers)
     try:
-        data.TOY.update(train=24, test=16)
-        data.make_toy(folder)
+        world.numbers.update(train=24, test=16)
+        world.make(folder)
     finally:
-        data.TOY.update(whole)
+        world.numbers.update(whole)
     (folder / "world.json").write_text(json.dumps(whole, sort_keys=True))
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    return write_world(data.TOY_WORLD, tmp_path_factory.mktemp("world") / "toy")

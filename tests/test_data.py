@@ -23,7 +23,7 @@ import data
 from common import UserError
 from conftest import MOMENTS, RATES, ROOT, command, numbered, read_flash, read_number, same, tone, write
 from data import ClipError, Inputs, View
-from datasets import reader, toy
+from datasets import made, reader
 from slow import mel_power
 
 SMALL = Inputs(seconds=1.0, frames=4, size=32, resize=36, n_mels=16, mel_mean=-30.0, mel_std=20.0)
@@ -780,9 +780,9 @@ def test_the_toy_clips_are_written_once_and_the_same_each_time(tmp_path, tiny_wo
 
     train = data.list_clips("toy", tmp_path / "one")
     first = look("one")
-    monkeypatch.setattr(toy.os, "cpu_count", lambda: 1)                 # by another number of processes
-    data.make_toy(tmp_path / "two")
-    data.make_toy(tmp_path / "one")
+    monkeypatch.setattr(made.os, "cpu_count", lambda: 1)                 # by another number of processes
+    data.TOY_WORLD.make(tmp_path / "two")
+    data.TOY_WORLD.make(tmp_path / "one")
     assert look("one") == first and look("two")[0] == first[0]
     assert sum(name.endswith(".mp4") for name in first[0]) == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
@@ -804,9 +804,9 @@ def test_nothing_is_left_behind_when_a_disk_is_full(tmp_path, tiny_world, monkey
             raise OSError("No space left on device")
         really_write(path, *args)
 
-    monkeypatch.setattr(toy, "write_clip", full)
+    monkeypatch.setattr(made, "write_clip", full)
     with pytest.raises(UserError, match="No space"):
-        data.make_toy(tmp_path / "toy")
+        data.TOY_WORLD.make(tmp_path / "toy")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -832,13 +832,13 @@ def test_a_toy_folder_of_another_world_or_with_other_files_is_refused(tmp_path, 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="not empty"):
-        data.make_toy(tmp_path / "mine")
+        data.TOY_WORLD.make(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
     (tmp_path / "toy").mkdir()                                          # an empty folder will do
-    data.make_toy(tmp_path / "toy")
+    data.TOY_WORLD.make(tmp_path / "toy")
     monkeypatch.setitem(data.TOY, "seed", 1)
     with pytest.raises(UserError, match="another world"):
-        data.make_toy(tmp_path / "toy")
+        data.TOY_WORLD.make(tmp_path / "toy")
     assert len(list((tmp_path / "toy").rglob("*.mp4"))) == 10
 
 

@@ -17,7 +17,7 @@ from common import UserError
 from conftest import fails, numbered, tone, write
 from datasets import check as checks
 from datasets import files as folders
-from datasets import toy as toys
+from datasets import made
 
 IDS = ("-0RWZT-miFs", "YxYxYxYxYxY", "a_b_c_d_e_f", "__________Z", "YYYYYYYYYY_")      # YouTube ids
 HERE = "{folder}"                           # in a list: the folder that it lies in
@@ -301,11 +301,11 @@ def test_a_set_that_lacks_what_a_method_needs_is_refused_in_a_sentence():
         data.require("esc50", ("video", "audio"), "use ajepa.py")
     with pytest.raises(UserError, match="^--data ssv2 has no sound; take another$"):
         data.require("ssv2", ("audio",), "take another")
-    with pytest.raises(UserError, match="audioset2: not a data set; one of toy, audioset, .*folder"):
+    with pytest.raises(UserError, match="audioset2: not a data set; one of toy, toy-still, .*folder"):
         data.require("audioset2", (), "") or data.list_clips("audioset2", ".")
 
 
-@pytest.mark.parametrize("name", [name for name in data.SETS if name != "toy"])
+@pytest.mark.parametrize("name", [name for name, entry in data.SETS.items() if not entry.make])
 def test_a_data_set_without_a_folder_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=f"--data {name} needs --data-dir"):
         data.list_clips(name)
@@ -757,15 +757,15 @@ def tiny_world(monkeypatch):
 
 def test_of_two_that_write_the_toy_clips_at_once_the_second_takes_those_of_the_first(
         tmp_path, tiny_world, monkeypatch):
-    def interrupted(folder, split, really=toys.write_split):
-        really(folder, split)
-        monkeypatch.setattr(toys, "write_split", really)
-        data.make_toy(tmp_path / "toy")                 # another one begins later, and is done first
+    def interrupted(world, folder, split, really=made.write_split):
+        really(world, folder, split)
+        monkeypatch.setattr(made, "write_split", really)
+        data.TOY_WORLD.make(tmp_path / "toy")                 # another one begins later, and is done first
 
-    monkeypatch.setattr(toys, "write_split", interrupted)
+    monkeypatch.setattr(made, "write_split", interrupted)
     assert len(data.list_clips("toy", tmp_path / "toy")) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["toy"]
-    assert (tmp_path / "toy" / "world.json").read_bytes() == toys.world()
+    assert (tmp_path / "toy" / "world.json").read_bytes() == made.content(data.TOY_WORLD)
 
 
 def test_toy_clips_that_cannot_be_written_or_read_end_in_a_sentence_and_leave_nothing(tmp_path, tiny_world):
@@ -779,6 +779,6 @@ def test_toy_clips_that_cannot_be_written_or_read_end_in_a_sentence_and_leave_no
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    data.make_toy(tmp_path / "toy")
+    data.TOY_WORLD.make(tmp_path / "toy")
     (tmp_path / "toy" / "test" / "truth.npz").write_bytes(b"PK")
     fails(data.list_clips, "toy", tmp_path / "toy", "test", match="truth.npz: cannot be read .*; remove ")

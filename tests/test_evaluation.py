@@ -470,7 +470,8 @@ def test_a_regression_takes_no_rates_and_no_steps(more):
 
 @pytest.mark.parametrize("trained, data, column", [
     (dict(), "toy", "toy"), (dict(), "vggsound", "frozen"), (dict(data="toy"), "folder", "toy"),
-    (dict(data="folder", recipe="toy"), "folder", "toy"), (dict(data="audioset"), "toy", "toy")])
+    (dict(data="folder", recipe="toy"), "folder", "toy"), (dict(data="audioset"), "toy", "toy"),
+    (dict(), "toy-still", "toy"), (dict(data="toy-still"), "folder", "toy")])
 def test_small_sets_and_encoders_have_the_recipe_of_small_sets(trained, data, column):
     encoder = encoder_of(METHOD, **trained)
     assert probe.choose_protocol(ask(data=data), encoder).column == column

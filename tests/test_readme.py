@@ -53,7 +53,7 @@ def place(toy, plain_layout, tmp_path_factory):
     """A folder with what the commands name: the toy's cache, clips/, dog.wav and a small copy of each set."""
     place = tmp_path_factory.mktemp("pages")
     (place / "cache").mkdir()
-    shutil.copytree(toy, place / data.toy_folder())
+    shutil.copytree(toy, place / data.TOY_WORLD.folder())
     clips = sorted((toy / "train").glob("*.mp4"))[:8]
     for number, name in enumerate(("dogs", "bells")):
         (place / "clips" / name).mkdir(parents=True)

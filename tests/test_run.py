@@ -576,16 +576,17 @@ def test_a_run_of_another_recipe_is_refused_by_all_that_differs(tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_augmentation_alone_and_one_from_before_there_was_any_without(tmp_path):
-    train(tmp_path, "--steps", 2, "--jitter", 0.4)
-    assert "has jitter 0.4 (now 0.2);" in fails(train, tmp_path, "--steps", 3, "--jitter", 0.2)
-    assert "has jitter 0.4 (now 0.0);" in fails(train, tmp_path, "--steps", 3)
-    train(tmp_path, "--steps", 3, "--jitter", 0.4)
-    train(tmp_path, "--steps", 2, "--fresh")
+    off = [word for name in data.CHANGES for word in (f"--{name}", 0)]
+    train(tmp_path, "--steps", 2, *off, "--jitter", 0.4)
+    assert "has jitter 0.4 (now 0.2);" in fails(train, tmp_path, "--steps", 3, *off, "--jitter", 0.2)
+    assert "has jitter 0.4 (now 0.0);" in fails(train, tmp_path, "--steps", 3, *off)
+    train(tmp_path, "--steps", 3, *off, "--jitter", 0.4)
+    train(tmp_path, "--steps", 2, "--fresh", *off)
     content = weights(tmp_path / "run")
     content["recipe"] = {k: v for k, v in content["recipe"].items() if k not in data.CHANGES}
     torch.save(content, tmp_path / "run" / "latest.pt")
-    assert "has jitter 0.0 (now 0.4);" in fails(train, tmp_path, "--steps", 3, "--jitter", 0.4)
-    train(tmp_path, "--steps", 3)
+    assert "has jitter 0.0 (now 0.4);" in fails(train, tmp_path, "--steps", 3, *off, "--jitter", 0.4)
+    train(tmp_path, "--steps", 3, *off)
     assert [row["step"] for row in run.read_log(tmp_path / "run")] == [0, 1, 2]
 
 

@@ -77,7 +77,7 @@ class Augment:
 # colours and a microphone of their own is told apart by these alone, and nothing else is learnt
 AUGMENT = {
     "paper": Augment(),
-    "toy": Augment(jitter=0.8, hue=0.5, grey=0.2, gain=6.0, filter=6.0, noise=10.0),
+    "toy": Augment(jitter=0.6, hue=0.2, grey=0.2, gain=6.0, filter=6.0, noise=10.0),
 }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import data
-from conftest import FORK, ROOT, command, write
+from conftest import FORK, ROOT, command, write, write_world
 from slow import quicken_table
 
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "RESULTS.md", "DATA.md", "FORMULAS.md")}
@@ -54,6 +54,7 @@ def place(toy, plain_layout, tmp_path_factory):
     place = tmp_path_factory.mktemp("pages")
     (place / "cache").mkdir()
     shutil.copytree(toy, place / data.TOY_WORLD.folder())
+    write_world(data.STILL_WORLD, place / data.STILL_WORLD.folder())
     clips = sorted((toy / "train").glob("*.mp4"))[:8]
     for number, name in enumerate(("dogs", "bells")):
         (place / "clips" / name).mkdir(parents=True)

@@ -123,13 +123,15 @@ class Clips(Dataset):
         video = []
         with torch.random.fork_rng(devices=[]):     # torchvision draws from torch's global stream
             # of the CPU alone: torch.manual_seed would note for each GPU where it was called from, 1 ms
-            torch.default_generator.manual_seed(int(rng.integers(2 ** 62)))
+            seed = int(rng.integers(2 ** 62))
+            torch.default_generator.manual_seed(seed)
             for view in views:
                 if view.video:
                     cut = self.crops[view.video](frames[view.video_window])         # (T, 3, size, size)
                     video.append(cut.transpose(0, 1))                               # (3, T, size, size)
             if self.augment.changes_video:              # once all are cut, as they are without it
                 video = [self.augment.video(x) for x in video]
+            torch.default_generator.manual_seed(seed + 1)       # the same sound, with pictures and without
             audio = self.hear(waves, [view.sound_window for view in views if view.audio])
         present = [[bool(view.video), bool(view.audio)] for view in views]
         decoded = []

@@ -277,7 +277,8 @@ def test_more_views_cost_more(toy):
 
 
 def test_data_says_how_many_cores_a_step_wants(toy, folder, capsys):
-    words = f"data --data folder --data-dir {toy}/train --recipe toy --method mjepa --clips 30"
+    off = " ".join(f"--{name} 0" for name in data.CHANGES)
+    words = f"data --data folder --data-dir {toy}/train --recipe toy --method mjepa --clips 30 {off}"
     bench.main(words.split())
     shown = capsys.readouterr().out
     for rate in (20, 80, 120):

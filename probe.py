@@ -107,9 +107,9 @@ def choose_column(args, encoder):
     an encoder that was trained on one or with that recipe."""
     if args.probe == "finetune":
         return "finetune"
-    small = encoder.args.get("recipe") == "toy"
-    for name in (args.data, encoder.args.get("data")):
-        small = small or (name in data.SETS and data.SETS[name].make is not None)
+    sets = (args.data, encoder.args.get("data"))
+    made = any(name in data.SETS and data.SETS[name].make for name in sets)
+    small = made or encoder.args.get("recipe") == "toy"
     recipe = args.recipe or ("toy" if small else "paper")
     return "toy" if recipe == "toy" else "frozen"
 

@@ -646,6 +646,8 @@ class Run:
             return None
         found = common.load_checkpoint(file, self.method["name"])
         before = {**asdict(data.Augment()), **found["recipe"]}     # of a run before there was any
+        if isinstance(before.get("tau"), float):       # of MJEPA's runs before --tau
+            before["tau"] = (before["tau"], before["tau"])
         free = {"epochs"}                              # the steps say it all
         if (args.steps or args.epochs) and before.get("steps", self.total) < self.total:
             free.add("steps")                          # longer, and asked for: not by a set that has grown
@@ -1150,13 +1152,15 @@ def make_parser(doc, name):
         help="length of a view; where the pictures are shorter, of its sound (default: the recipe's)")
     add = parser.add_argument_group("augmentation of the training views (default: none in the papers; the "
         "toy's recipes have all but blur, but for --data toy; 0: off)").add_argument
-    add("--jitter", type=float, help="of brightness, contrast and saturation, 0 to 1: factors of 1 +- this")
-    add("--hue", type=float, help="at most this share of a turn of the colour circle, 0 to .5")
+    add("--jitter", type=float,
+        help="brightness, contrast and saturation by factors of 1 +- this, in 8 of 10 views")
+    add("--hue", type=float, help="colours by up to this share of a turn of their circle, in 8 of 10 views")
     add("--grey", type=float, help="probability of a view without colours")
     add("--blur", type=float, help="probability of a blurred view")
     add("--gain", type=float, help="louder or softer by up to so many dB")
     add("--filter", type=float, help="bass, middle and treble louder or softer by up to so many dB")
-    add("--noise", type=float, help="white noise so many dB below the sound, or up to 20 more")
+    add("--noise", type=float, help="white noise so many dB below the sound, or up to 20 more: a "
+        "small number is loud")
     add_machine("--compile", action="store_true", help="torch.compile the encoder")
     add_machine("--checkpoint-activations", action="store_true",
         help="less memory: the backward pass computes each block again")
@@ -1198,10 +1202,10 @@ def read_recipe(args, name, table, flags=(), modalities=("video", "audio")):
     check_range("--seconds", recipe["seconds"], 0.1, 3600)
     for key, (modality, largest) in data.CHANGES.items():
         check_range(f"--{key}", recipe[key], 0, largest)
+        if modality not in modalities and getattr(args, key):
+            raise UserError(f"--{key} has no effect: this run takes {modalities[0]} alone; leave it out")
         if modality not in modalities:
-            if getattr(args, key):
-                raise UserError(f"--{key} has no effect: this run takes {modalities[0]} alone; leave it out")
-            recipe[key] = 0.0                          # of the table
+            recipe[key] = 0.0
     check_range("--accumulate", args.accumulate, 1, 10 ** 6)
     check_range("--log-every", args.log_every, 1, 10 ** 9)
     check_range("--save-every", args.save_every, 1, 10 ** 9)

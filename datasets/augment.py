@@ -20,8 +20,9 @@ CHANGES = {                             # name: (what it changes, its largest va
 @dataclass(frozen=True)
 class Augment:
     """What is changed of each view, by draws from torch's global stream; 0: nothing."""
-    jitter: float = 0.0     # of brightness, contrast and saturation: factors from 1 - jitter to 1 + jitter
-    hue: float = 0.0        # of a turn of the colour circle, at most
+    # in 8 of 10 views, of brightness, contrast and saturation: factors from 1 - jitter to 1 + jitter
+    jitter: float = 0.0
+    hue: float = 0.0        # in the same views: of a turn of the colour circle, at most
     grey: float = 0.0       # probability of a view without colours
     blur: float = 0.0       # probability of a blurred view
     gain: float = 0.0       # dB, louder or softer by at most
@@ -66,7 +67,8 @@ class Augment:
             wave = wave * 2 ** -20                      # torchaudio clips what it filters at 1
             wave = filters.bass_biquad(wave, rate, draw(-most, most), draw(100, 300))
             wave = filters.equalizer_biquad(wave, rate, draw(600, 2000), draw(-most, most))
-            wave = filters.treble_biquad(wave, rate, draw(-most, most), draw(4000, 6000))
+            treble = min(draw(4000, 6000), 0.4 * rate)
+            wave = filters.treble_biquad(wave, rate, draw(-most, most), treble)
             wave = wave * 2 ** 20
         if self.gain:
             wave = wave * 10 ** (draw(-self.gain, self.gain) / 20)

@@ -1,5 +1,6 @@
 """datasets/augment.py: what of a training view is changed, and of no other."""
 import itertools
+from dataclasses import replace
 
 import ajepa
 import avjepa_lejepa
@@ -60,6 +61,36 @@ def test_a_colour_becomes_the_same_colour_in_all_frames_of_a_view_and_another_on
             assert len(changed[:, which == colour].unique(dim=1).T) == 1
         seen.add(tuple(changed[:, which == 1][:, 0].tolist()))
     assert len(seen) > 10
+
+
+@pytest.mark.parametrize("name", data.CHANGES)
+def test_each_change_alone_changes_its_own_modality_and_leaves_the_other(name, toy):
+    listing = data.list_clips("toy", toy)
+    value = 1.0 if name == "noise" else data.CHANGES[name][1]
+    inputs = replace(SMALL, size=112, resize=112)       # where a blur is wide enough to be seen
+    plain = data.Clips(listing, inputs, views_twice)
+    changed = data.Clips(listing, inputs, views_twice, augment=Augment(**{name: value}))
+    own = data.CHANGES[name][0]
+    other = {"video": "audio", "audio": "video"}[own]
+    moved = 0
+    for epoch in range(6):
+        before = plain[epoch, 0]
+        after = changed[epoch, 0]
+        assert same(before[other], after[other])
+        moved += not same(before[own], after[own])
+    assert moved > 0
+
+
+def test_colours_are_changed_in_eight_of_ten_views():
+    video, _ = palette_video()
+    changed = [not torch.equal(x, video) for x in times(400, Augment(jitter=0.8, hue=0.5).video, video)]
+    assert 290 <= sum(changed) <= 350                  # 320 +- 8
+
+
+def test_the_filter_of_a_telephones_8_khz_stays_finite():
+    wave = random(8000) * 0.1
+    for heard in times(20, Augment(filter=6.0).audio, wave, 8000):
+        assert heard.isfinite().all() and heard.abs().max() < 10
 
 
 @pytest.mark.parametrize("size", [224, 112])

@@ -401,6 +401,15 @@ def test_retrieval_with_several_checkpoints_writes_the_rows_that_each_has_alone(
     for row, alone in zip(rows[:2], rows[2:]):
         assert {**row, "seconds": 0} == {**alone, "seconds": 0}
     assert rows[0]["A->V"]["R@10"] == 0 < rows[1]["A->V"]["R@10"]       # ties do not count
+    assert {row["ranking"] for row in rows} == {"plain"}
+    retrieval.main([*words, str(folder), "--ranking", "centred"])
+    row = json.loads((folder / "retrieval.jsonl").read_text().splitlines()[-1])
+    z, _ = retrieval.embed(common.load_encoder(folder, cross=True), data.list_clips("toy", toy, "test"), 1,
+                           workers=0, process=CPU)
+    queries = z["audio"][0] - z["audio"][0].mean(0)
+    candidates = z["video"][1] - z["video"][1].mean(0)
+    found = retrieval.recall(normalize(queries) @ normalize(candidates).T)
+    assert row["ranking"] == "centred" and found.items() <= row["A->V"].items()
     words = ["--query", "x.wav", "--folder", ".", "--ckpt", str(earlier), str(folder)]
     fails(retrieval.main, words, match="--query is asked of one encoder; give one --ckpt")
 

@@ -529,6 +529,17 @@ def test_the_flag_tau_says_where_the_momentum_begins_and_ends_and_is_kept_by_the
     fails(method.script.main, [*flags, "--tau", ".5", "1.1"], match="--tau 1.1 is out of range")
 
 
+def test_a_run_of_mjepa_from_before_the_flag_tau_goes_on(toy, quick, tmp_path):
+    """Its recipe had one number."""
+    flags = flags_of(toy, tmp_path, "--log-every 1 --tau .9 .9 --steps")
+    mjepa.main([*flags, "2"])
+    content = weights(tmp_path)
+    content["recipe"]["tau"] = 0.9
+    torch.save(content, tmp_path / "latest.pt")
+    mjepa.main([*flags, "3"])
+    assert [row["step"] for row in run.read_log(tmp_path)] == [0, 1, 2]
+
+
 def begun(method, content):
     """The model as the run of a checkpoint began with it."""
     common.seed_step(content["args"]["seed"], 0)

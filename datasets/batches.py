@@ -147,6 +147,8 @@ class Loader:
             with signals_held():
                 for worker in workers:                          # one that hangs would be waited for
                     worker.kill()
+                if workers:         # a worker that was killed as it looked at torch's event keeps its lock
+                    batches._workers_done_event = threading.Event()
                 del batches                                     # joins them
 
 

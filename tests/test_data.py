@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -23,6 +24,7 @@ import data
 from common import UserError
 from conftest import MOMENTS, RATES, ROOT, command, numbered, read_flash, read_number, same, tone, write
 from data import ClipError, Inputs, View
+from datasets import batches as loaders
 from datasets import made, reader
 from slow import mel_power
 
@@ -796,6 +798,17 @@ def test_the_toy_clips_are_written_once_and_the_same_each_time(tmp_path, tiny_wo
         assert np.abs(clip["video"] - frames.astype(int)).mean() < 12
         assert np.corrcoef(clip["audio"], wave)[0, 1] > 0.9
         np.testing.assert_equal({key: truths[key][i] for key in truths}, truth)
+
+
+def test_a_loader_ends_although_a_killed_worker_keeps_the_lock_of_torchs_event():
+    batches = iter(loaders.Loader(range(100), 1, batch_size=None))
+    next(batches)
+    inside = batches.gi_frame.f_locals["batches"]
+    assert inside._workers_done_event._cond.acquire()   # as a process that died with it
+    ended = threading.Thread(target=batches.close, daemon=True)
+    ended.start()
+    ended.join(20)
+    assert not ended.is_alive()
 
 
 def test_nothing_is_left_behind_when_a_disk_is_full(tmp_path, tiny_world, monkeypatch):

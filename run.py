@@ -646,8 +646,9 @@ class Run:
             return None
         found = common.load_checkpoint(file, self.method["name"])
         before = {**asdict(data.Augment()), **found["recipe"]}     # of a run before there was any
-        if isinstance(before.get("tau"), float):       # of MJEPA's runs before --tau
-            before["tau"] = (before["tau"], before["tau"])
+        tau = before.get("tau")
+        if isinstance(tau, float) and isinstance(self.recipe["tau"], tuple):    # of MJEPA's before --tau
+            before["tau"] = (tau, tau)
         free = {"epochs"}                              # the steps say it all
         if (args.steps or args.epochs) and before.get("steps", self.total) < self.total:
             free.add("steps")                          # longer, and asked for: not by a set that has grown

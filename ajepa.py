@@ -132,7 +132,8 @@ def get_args(argv=None):
 # ----------------------------------------------------------------------------------------------------------
 
 def plan_views(rng, duration, seconds):
-    """One view: the sound of the clip, a random stretch if it is longer. No augmentation (Sec. 7)."""
+    """One view: the sound of the clip, a random stretch if it is longer. No augmentation (Sec. 7), but
+    for --recipe toy (datasets/augment.py)."""
     # unspecified: what is cut off a long clip (here random), and what fills up a short one (digital
     # silence, before the log); a clip without sound is silence, and counted in the log
     start = rng.uniform(0, max(0.0, duration - seconds))

@@ -575,6 +575,11 @@ def reason(error):
     return " ".join(f"({type(error).__name__}: {error})".split())
 
 
+def weights_of(model, name):
+    """Of a checkpoint's weights those of one part, by its name."""
+    return {key[len(name) + 1:]: x for key, x in model.items() if key.startswith(name + ".")}
+
+
 def load_weights(module, weights, path):
     """load_state_dict, with a sentence where the names or the shapes are others."""
     own = module.state_dict()
@@ -597,11 +602,11 @@ class FrozenEncoder(nn.Module):
     data.py delivers them -> tokens (B, N, D) of the modalities given, video first, and the clip embedding
     (B, D).
 
-    `.inputs` goes into data.load_clip; `.method` is what the method's script says of itself, `.args` the
-    flags of the run; `.projector` maps the embedding to where the loss was taken, `.cross` holds the
-    predictors from one input's embedding to what `.teacher`, a FrozenEncoder, makes of another, by name
-    ("a->v"): None for a method that has none. layers: indices of blocks whose outputs stand side by side in
-    D, instead of the last one's alone."""
+    `.config` are the arguments of its ViT, `.inputs` goes into data.load_clip; `.method` is what the method's
+    script says of itself, `.args` the flags of the run; `.projector` maps the embedding to where the loss was
+    taken, `.cross` holds the predictors from one input's embedding to what `.teacher`, a FrozenEncoder, makes
+    of another, by name ("a->v"): None for a method that has none. layers: indices of blocks whose outputs
+    stand side by side in D, instead of the last one's alone."""
     def __init__(self, vit, projector, content, layers=None, cross=None, teacher=None):
         super().__init__()
         self.vit = vit
@@ -610,6 +615,7 @@ class FrozenEncoder(nn.Module):
         self.teacher = teacher
         self.layers = layers
         self.dim = vit.dim * (len(layers) if layers else 1)
+        self.config = content["encoder"]
         self.inputs = content["inputs"]
         self.method = content["method"]
         self.args = content["args"]
@@ -661,8 +667,7 @@ def load_encoder(path, device="cpu", untrained=False, absent=None, layers=None, 
     loaded = [*parts.items(), ("target_encoder", teacher)]
     for name, module in loaded:
         if module is not None and not untrained:
-            own = {key[len(name) + 1:]: x for key, x in model.items() if key.startswith(name + ".")}
-            load_weights(module, own, path)
+            load_weights(module, weights_of(model, name), path)
     if teacher is not None:
         teacher = FrozenEncoder(teacher, None, content)
     return FrozenEncoder(vit, projector, content, layers, predictors, teacher).to(device)

@@ -29,7 +29,7 @@ import numpy as np
 from common import UserError, check_range, main_guard
 from datasets.audioset import list_audioset
 from datasets.augment import AUGMENT, CHANGES, Augment  # noqa: F401
-from datasets.batches import Batches, Troubles, eval_batches, eval_loader, train_loader  # noqa: F401
+from datasets.batches import Batches, NoClip, Troubles, eval_batches, eval_loader, train_loader  # noqa: F401
 from datasets.check import check, mel_stats
 from datasets.collectors import picture, pixel_aspect  # noqa: F401
 from datasets.files import MEDIA, name_of  # noqa: F401

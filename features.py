@@ -44,6 +44,11 @@ class Views:
     together: bool = False              # a head reads all places of a clip at once, instead of one by one
 
     @property
+    def tested(self):
+        """What a head that was trained on these is tested on."""
+        return ["audio", "video", "av"] if self.modality == "av" else [self.modality]
+
+    @property
     def places(self):
         """Places of a training clip that are read at once."""
         return self.test if self.together else 1
@@ -237,31 +242,25 @@ def lacking(names, keys):
 class Decoded:
     """Features of the clips of a listing, which are decoded whenever they are asked for.
 
-    tokens: whether these are wanted, beside the embedding; learns: whether the encoder is trained with the
-    heads. A frozen encoder's tokens are in bf16."""
-    def __init__(self, encoder, listing, views, process, workers, tokens, learns=False):
+    tokens: whether these are wanted, in bf16, beside the embedding."""
+    def __init__(self, encoder, listing, views, process, workers, tokens):
         self.encoder = encoder
         self.listing = listing
         self.views = views
         self.process = process
         self.workers = workers
         self.tokens = tokens
-        self.learns = learns
         self.named = data.Troubles(len(listing))        # each bad clip once, however often it is read
-        self.begun = False
 
     def encode(self, given, places, crops, names):
         """Inputs {key: (B places crops, ...)} -> (tokens (B, V, N, D) or None, embedding (B, V, D)), V:
         places x crops, or crops, of which a head reads all places at once."""
         with self.process.autocast():
             tokens, embedding = self.encoder(**given)
-        tokens = tokens.unflatten(0, (-1, places, crops)) if self.tokens else None      # (B, P, C, N, D)
-        if self.tokens and not self.learns:
-            tokens = tokens.to(torch.bfloat16)
+        if self.tokens:
+            tokens = tokens.to(torch.bfloat16).unflatten(0, (-1, places, crops))        # (B, P, C, N, D)
         embedding = embedding.float().unflatten(0, (-1, places, crops))                 # (B, P, C, D)
-        if not (self.learns and self.begun):            # later it is the learning rate
-            retrieval.check_finite(embedding, names)
-        self.begun = True
+        retrieval.check_finite(embedding, names)
         if self.views.together:
             tokens = tokens.transpose(1, 2).flatten(2, 3) if self.tokens else None      # (B, C, P N, D)
             return tokens, embedding.mean(1)
@@ -284,9 +283,9 @@ class Decoded:
 
     def cut(self, batches, counts):
         """The batches in parts, so that 512 clips need not be decoded before the first is seen; how many
-        parts of each goes into `counts`. An encoder that learns sees a batch at once."""
+        parts of each goes into `counts`."""
+        size = max(1, PART // self.views.places)
         for batch in batches:
-            size = len(batch) if self.learns else max(1, PART // self.views.places)
             starts = range(0, len(batch), size)
             counts.append(len(starts))
             for start in starts:
@@ -305,7 +304,7 @@ class Decoded:
         positions = positions[kept]
         if len(positions) == 0:
             return positions, None, None
-        with torch.set_grad_enabled(self.learns):
+        with torch.no_grad():
             tokens, embedding = self.encode(given, self.views.places, 1, names_of(self.listing, positions))
         return positions, None if tokens is None else tokens[:, 0], embedding[:, 0]
 
@@ -356,7 +355,6 @@ class Cached:
     tokens: torch.Tensor | None         # ... its tokens (n, V, N, D) ...
     embedding: torch.Tensor | None      # ... and embedding (n, V, D)
     test: dict                          # {modality: (positions (m,), tokens (m, V, N, D), embedding)}
-    learns: bool = False
 
     def training(self, chosen, batches):
         chosen = torch.as_tensor(chosen)

@@ -9,11 +9,13 @@ import functools
 import warnings
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits             # comes with scikit-learn
+from torch.distributed.nn.functional import all_reduce
 
 import common
 
@@ -71,12 +73,32 @@ def average(scores, multilabel, of="logits"):
 # Heads
 # ----------------------------------------------------------------------------------------------------------
 
+class Standardise(nn.BatchNorm1d):
+    """BatchNorm without weights, in training by the clips of all processes; nn.SyncBatchNorm knows no CPU."""
+    def __init__(self, dim):
+        super().__init__(dim, affine=False)
+
+    def forward(self, x):
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world == 1 or not self.training:
+            return super().forward(x)
+        both = torch.stack([x.mean(0), x.square().mean(0)])                     # (2, D)
+        mean, square = all_reduce(both) / world                                 # with the gradient of all
+        var = square - mean.square()
+        with torch.no_grad():
+            count = world * len(x)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean) / (var + self.eps).sqrt()
+
+
 class LinearHead(nn.Module):
     """Linear on the clip embedding, behind a LayerNorm with affine (AV-JEPA) or, standardised, minus the mean
     and over the std of the training clips."""
     def __init__(self, dim, classes, standardised=False):
         super().__init__()
-        self.norm = nn.BatchNorm1d(dim, affine=False) if standardised else nn.LayerNorm(dim)
+        self.norm = Standardise(dim) if standardised else nn.LayerNorm(dim)
         self.linear = nn.Linear(dim, classes)
         nn.init.zeros_(self.linear.weight)              # unspecified: the start
         nn.init.zeros_(self.linear.bias)
@@ -156,6 +178,10 @@ ON_TOKENS = {
     # unspecified: the order, here the blocks first, as in V-JEPA 2
     "blocks": functools.partial(CrossHead, blocks=4)}
 HEADS = {**ON_EMBEDDING, **ON_TOKENS}
+
+
+def make_head(name, dim, classes, mix=0):
+    return HEADS[name](dim, classes)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import common
 import data
+import finetune
 import heads as kinds
 import retrieval
 import run
@@ -288,51 +289,14 @@ def rounds(fold):
 # Heads are trained, chosen and tested
 # ----------------------------------------------------------------------------------------------------------
 
-def bar_own_scores(batch, tokens, share, device):
-    """Regularised masking (A-JEPA): a mask (B, 1, N, N) for the attention, True: attend, in which each token
-    is with probability `share` barred from attending with its own score. A token that is alone has nothing
-    else to attend to, and keeps it."""
-    barred = torch.rand(batch, tokens, device=device) < (share if tokens > 1 else 0)            # (B, N)
-    return ~torch.diag_embed(barred)[:, None]                                                   # (B, 1, N, N)
-
-
-class Tuned(nn.Module):
-    """The encoder of a FrozenEncoder, to be trained. share: of the tokens that regularised masking bars, in
-    training."""
-    def __init__(self, encoder, share=0.0):
-        super().__init__()
-        self.vit = encoder.vit.requires_grad_(True)
-        self.layers = encoder.layers
-        self.dim = encoder.dim
-        self.share = share
-
-    def draw_mask(self, given):
-        """Of regularised masking, for a batch of inputs."""
-        # one clip tells how many tokens there are
-        first = self.vit.embed(**{key: x[:1] for key, x in given.items()})
-        tokens = first.shape[1] + (self.vit.cls is not None)
-        batch = len(next(iter(given.values())))
-        # unspecified: drawn anew for each clip and step, the same in all layers and heads
-        return bar_own_scores(batch, tokens, self.share, first.device)
-
-    def forward(self, **given):
-        mask = self.draw_mask(given) if self.training and self.share else None
-        x = self.vit(**given, mask=mask, layers=self.layers)
-        return self.vit.read_out(x, "video" in given, "audio" in given)
-
-
 def train_heads(heads, lrs, source, listing, chosen, protocol, seed, label):
-    """Train heads, each at its rate, on the clips `chosen` of a listing, in one pass over their features:
-    AdamW, no weight decay on the heads. The losses of the heads of one rate are summed and their gradient is
-    clipped as one, with the encoder's where it learns."""
+    """Train heads on a frozen encoder, each at its rate, on the clips `chosen` of a listing, in one pass over
+    their features: AdamW without weight decay. The losses of the heads of one rate are summed and their
+    gradient is clipped as one."""
     process = source.process
     batch, steps = schedule(protocol, len(chosen))
     groups = [{"params": list(head.parameters()), "peak": lr, "weight_decay": 0.0}
               for head, lr in zip(heads, lrs)]
-    if source.learns:
-        for group in common.weight_decay_groups(source.encoder, protocol.weight_decay):
-            groups.append({**group, "peak": protocol.encoder_lr})
-        source.encoder.train()
     optimizer = torch.optim.AdamW(groups)
     weight = None
     if protocol.pos_weight and listing.multilabel:
@@ -350,19 +314,16 @@ def train_heads(heads, lrs, source, listing, chosen, protocol, seed, label):
                 step, steps, group["peak"], protocol.warmup, protocol.warmup_start, protocol.lr_end)
         targets = listing.targets(positions).to(process.device)
         optimizer.zero_grad()
-        losses = []
+        learnt = 0
         for head in heads:
             with process.autocast():
                 scores = head.train()(tokens, embedding)
             loss = kinds.loss_of(scores.float(), targets, protocol.smoothing, weight)
             if math.isfinite(loss.item()):              # a rate that is too high loses, the others go on
-                losses.append(loss)
-                if not source.learns:                   # the graphs of all heads would not fit
-                    loss.backward()
-        if not losses:
+                loss.backward()
+                learnt += 1
+        if not learnt:
             raise UserError(f"the loss is not finite at step {step}; lower --lr")
-        if source.learns:
-            sum(losses).backward()
         clip_gradients(optimizer, protocol)
         optimizer.step()
     if not begun:
@@ -379,13 +340,12 @@ def count_positives(listing, chosen):
 
 
 def clip_gradients(optimizer, protocol):
-    """Those of the heads of each rate as one; an encoder that learns belongs to its heads."""
+    """Those of the heads of each rate as one."""
     if protocol.clip_grad is None:
         return
     rates = {}
     for group in optimizer.param_groups:
-        rate = None if not protocol.frozen else group["peak"]
-        rates.setdefault(rate, []).extend(group["params"])
+        rates.setdefault(group["peak"], []).extend(group["params"])
     for parameters in rates.values():
         nn.utils.clip_grad_norm_(parameters, protocol.clip_grad)
 
@@ -393,8 +353,6 @@ def clip_gradients(optimizer, protocol):
 @torch.no_grad()
 def score(heads, source, chosen, modalities, protocol, label):
     """{modality: (positions of the clips that have it (n,), scores (heads, n, C), means over the views)}."""
-    if source.learns:
-        source.encoder.eval()
     multilabel = source.listing.multilabel
     parts = {}
     for outputs in source.testing(chosen, modalities, label):
@@ -407,11 +365,34 @@ def score(heads, source, chosen, modalities, protocol, label):
                     of_views = head.eval()(*given).unflatten(0, (-1, views)).cpu()              # (B, V, C)
                 scores.append(kinds.average(of_views, multilabel, protocol.average))            # (B, C)
             parts.setdefault(modality, []).append((positions, torch.stack(scores)))
+    return {modality: join_scores(batches) for modality, batches in parts.items()}
+
+
+def join_scores(batches):
+    """[(positions (n,), scores (heads, n, C))] as one, in the order of the positions."""
+    positions, scores = zip(*batches)
+    positions, order = torch.cat(positions).sort()
+    return positions, torch.cat(scores, 1)[:, order]
+
+
+def score_shared(heads, source, chosen, modalities, protocol, label):
+    """`score`, of which each process does its share, for all processes alike."""
+    process = source.process
     found = {}
-    for modality, batches in parts.items():
-        positions, scores = zip(*batches)
-        found[modality] = (torch.cat(positions), torch.cat(scores, 1))
-    return found
+    error = None
+    try:
+        mine = chosen[process.rank::process.world]
+        if len(mine):
+            found = score(heads, source, mine, modalities, protocol, label)
+    except data.NoClip as e:                            # the clips of the other processes may be whole
+        error = e
+    parts = {}
+    for of_rank in process.gather(found):
+        for modality, scores in of_rank.items():
+            parts.setdefault(modality, []).append(scores)
+    if error and not parts:
+        raise error
+    return {modality: join_scores(batches) for modality, batches in parts.items()}
 
 
 def measure_held_out(scores, targets):
@@ -497,23 +478,30 @@ def fit_heads(protocol, source, listing, inner, held, seed):
     return train([candidates[i] for i in best], everything, f"{protocol.probe}, on all"), chosen
 
 
-def fit_and_test(protocol, sources, train, test, inner, held, outer, tested, seed):
-    """Train on clips of one listing, test on those of another: {(head, modality tested on): dict(metric,
-    value, classes, lr, held_out, N)}. sources: of either listing's features."""
+def fit_and_test(protocol, sources, train, test, task, tested):
+    """Train on clips of one listing, test on those of another: what test_heads returns. sources: of either
+    listing's features."""
     source, test_source = sources
-    readable = source.readable(inner)
-    if len(readable) < len(inner):                      # what is left out may be a whole class
-        compare_classes(train.subset(readable), test.subset(outer))
+    readable = source.readable(task.inner)
+    if len(readable) < len(task.inner):                 # what is left out may be a whole class
+        compare_classes(train.subset(readable), test.subset(task.outer))
     if "regression" in protocol.heads:
-        heads, chosen = fit_kept(protocol, source, train, inner, held)
+        heads, chosen = fit_kept(protocol, source, train, task.inner, task.held)
     else:
-        heads, chosen = fit_heads(protocol, source, train, inner, held, seed)
-    found = score(heads, test_source, outer, tested, protocol, "test")
-    if test_source.views.modality not in found:
-        raise nothing_has(test, MODALITIES[test_source.views.modality])
-    index, _ = found[test_source.views.modality]
+        heads, chosen = fit_heads(protocol, source, train, task.inner, task.held, task.seed)
+    return test_heads(protocol, heads, chosen, test_source, train.subset(readable), task.outer, tested)
+
+
+def test_heads(protocol, heads, chosen, source, train, outer, tested):
+    """Test heads on the clips `outer` of a source: {(head, modality tested on): dict(metric, value, classes,
+    lr, held_out, N)}. train: the listing that they learned from."""
+    test = source.listing
+    found = score_shared(heads, source, outer, tested, protocol, "test")
+    if source.views.modality not in found:
+        raise nothing_has(test, MODALITIES[source.views.modality])
+    index, _ = found[source.views.modality]
     if len(index) < len(outer):
-        compare_classes(train.subset(readable), test.subset(index))
+        compare_classes(train, test.subset(index))
     results = {}
     for which, (positions, scores) in found.items():
         targets = test.targets(positions)
@@ -523,6 +511,30 @@ def fit_and_test(protocol, sources, train, test, inner, held, outer, tested, see
                 "metric": metric, "value": value, "classes": counted, **choice, "N": len(positions),
                 "left_out": len(outer) - len(positions)}
     return results
+
+
+def tune_and_test(args, protocol, views, load, train, test, task, tested, process, workers, out):
+    """fit_and_test of an encoder that learns with its heads, in the folder `out`; None where a signal came.
+    What is tested is what the checkpoint holds."""
+    listing = train.subset(task.inner)
+    batch, steps = schedule(protocol, len(listing))
+    if not finetune.tune(args, protocol, views, load(), listing, batch, steps, task.seed, out):
+        return None
+    encoder, heads, _ = finetune.load_tuned(out, process.device)
+    heads = list(heads.values())
+    held_out = [None] * len(heads)
+    if task.held is not None:
+        source = Decoded(encoder, train, views, process, workers, True)
+        found = score_shared(heads, source, task.held, [views.modality], protocol, "held out")
+        if views.modality not in found:
+            raise nothing_has(train, MODALITIES[views.modality])
+        positions, scores = found[views.modality]
+        held_out = [measure_held_out(of_head, train.targets(positions)) for of_head in scores]
+    chosen = []
+    for (lr,), value in zip(protocol.heads.values(), held_out):
+        chosen.append({"lr": lr, "held_out": value})
+    source = Decoded(encoder, test, views, process, workers, True)
+    return test_heads(protocol, heads, chosen, source, listing, task.outer, tested)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -589,6 +601,13 @@ def union(parts):
     return np.unique(np.concatenate([part for part in parts if part is not None] or [np.arange(0)]))
 
 
+def warn_of_few_steps(protocol, clips):
+    batch, steps = schedule(protocol, clips)
+    if "regression" not in protocol.heads and steps < 200:
+        print(f"{steps} steps of {batch} clips: a head may end half trained; raise --steps, or give --recipe "
+              "toy")
+
+
 def count_epochs(protocol, clips):
     """How many views of each of so many training clips are asked for."""
     batch, steps = schedule(protocol, clips)
@@ -619,26 +638,26 @@ def open_sources(protocol, views, encoder, train, test, tasks, tested, process, 
             keep(sources[1], epochs, (), outer, tested, "test"))
 
 
-def run_probe(protocol, views, encoder, load, train, test, tasks, process, workers, cache_gb):
+def run_probe(args, protocol, views, encoder, load, train, test, tasks, process, workers):
     """Train and test the heads, once, or fold by fold, and for each seed: {(head, modality that it was tested
     on): dict(metric, value, classes, lr, held_out, N), also std and the values of the seeds, and for folds
-    each one's value}. load(): the encoder as it was, for each that is fine-tuned."""
-    tested = ["audio", "video", "av"] if views.modality == "av" else [views.modality]
-    batch, steps = schedule(protocol, len(tasks[0].inner))
-    if "regression" not in protocol.heads and steps < 200:
-        print(f"{steps} steps of {batch} clips: a head may end half trained; raise --steps, or give --recipe "
-              "toy")
+    each one's value}; None where a signal came. load(): the encoder as it was, for each that is
+    fine-tuned."""
+    tested = views.tested
     if protocol.frozen:
+        cache_gb = 4.0 if args.cache_gb is None else args.cache_gb
         sources = open_sources(
             protocol, views, encoder, train, test, tasks, tested, process, workers, cache_gb)
     results = {}
     for task in tasks:
-        if not protocol.frozen:
-            tuned = Tuned(load(), protocol.regularised_masking).to(process.device)
-            sources = [Decoded(tuned, listing, views, process, workers, True, learns=True)
-                       for listing in (train, test)]
-        found = fit_and_test(
-            protocol, sources, train, test, task.inner, task.held, task.outer, tested, task.seed)
+        if protocol.frozen:
+            found = fit_and_test(protocol, sources, train, test, task, tested)
+        else:
+            out = tuned_folder(args, views, train, task)
+            found = tune_and_test(
+                args, protocol, views, load, train, test, task, tested, process, workers, out)
+        if found is None:
+            return None
         for key, result in found.items():
             results.setdefault(key, {}).setdefault(task.seed, []).append(result)
     joined = {}
@@ -648,6 +667,18 @@ def run_probe(protocol, views, encoder, load, train, test, tasks, process, worke
             of_seeds.append(folds[0] if train.fold is None else join_folds(folds))
         joined[key] = join_seeds(of_seeds)
     return joined
+
+
+def tuned_folder(args, views, train, task):
+    """Where a fine-tuning is kept: in --out, or beside the checkpoint, a folder for each seed and fold."""
+    file = common.checkpoint_file(args.ckpt)
+    name = f"finetune-{args.data}-{views.modality}"
+    if file.name != "latest.pt":
+        name += f"-{file.stem}"
+    if args.baseline:
+        name += f"-{args.baseline}"
+    folder = Path(args.out) if args.out else file.parent / name
+    return folder / (f"seed{task.seed}" if train.fold is None else f"seed{task.seed}-fold{task.fold}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -751,6 +782,8 @@ NEEDS = {  # flag: what it serves; those that are not here serve all of it
     "cache_gb":            ("linear", "attentive"),
     "encoder_lr":          ("finetune",),
     "regularised_masking": ("finetune",),
+    **dict.fromkeys(("out", "fresh", "accumulate", "log_every", "save_every", "max_bad", "compile",
+                     "checkpoint_activations", "weighted", "mixup", "specaugment"), ("finetune",)),
     **dict.fromkeys(("head", "epochs", "steps", "batch_size", "lr", "crops", "clips", "seeds"), PROBES),
     "split":               ("save-features",),
     "patch_level":         ("save-features",)}
@@ -758,7 +791,7 @@ RANGES = {
     "epochs": (1, 10 ** 6), "steps": (1, 10 ** 9), "batch_size": (2, 10 ** 6), "lr": (1e-9, 10),
     "encoder_lr": (0, 10), "regularised_masking": (0, 1), "views": (1, 1000), "seconds": (0.1, 3600),
     "cache_gb": (0, 10 ** 6), "workers": (0, 1024), "seed": (0, 2 ** 31), "seeds": (0, 2 ** 31),
-    "clips": (0, 10 ** 9)}
+    "clips": (0, 10 ** 9), "mixup": (0, 1000), "specaugment": (0, 10 ** 6), **run.LOOP_RANGES}
 
 
 def flag(name):
@@ -775,8 +808,15 @@ def check_ranges(args, ranges):
                 common.check_range(flag(name), value, low, high)
 
 
+ASKING = ("ckpt", "query", "device", "bf16", "workers")  # the flags that --query has
+
+
 def check_needs(parser, args):
     """UserError where a flag was given that has no effect on what is asked for."""
+    for name, value in vars(args).items():
+        if args.query and name not in ASKING and value != parser.get_default(name):
+            raise UserError(f"{flag(name)} has no effect with --query, which asks the heads of a fine-tuned "
+                            "checkpoint; leave it out")
     purpose = "save-features" if args.save_features is not None else args.probe
     for name, purposes in NEEDS.items():
         if getattr(args, name) == parser.get_default(name) or purpose in purposes:
@@ -792,9 +832,11 @@ def check_needs(parser, args):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=run.Help)
-    add_data, add_run, add_method, _ = run.flag_groups(parser)
-    add_data("--data", required=True, help=", ".join(data.SETS))
+    add_data, add_run, add_method, add_machine = run.flag_groups(parser)
+    add_data("--data", help=f"{', '.join(data.SETS)} (default: none, with --query)")
     add_data("--data-dir", help="folder with the clips and the csv files (default: none; toys: in cache/)")
+    add_data("--query", metavar="FILE",
+        help="what a fine-tuned --ckpt says of a person's own file: its best classes (default: none)")
     add_data("--split", choices=("train", "test", "all"), help="of --save-features; default: all")
     add_run("--ckpt", nargs="+", required=True,
         help="folder of a run, its latest.pt or another checkpoint; of several, each in turn")
@@ -823,6 +865,7 @@ def make_parser():
         help="of a method that has both; default: the one that it evaluates")
     add_method("--layers", type=int, nargs="+",
         help="blocks, from 0, whose outputs are put side by side; default: the last one's alone")
+    add_method("--mix", action="store_true", help="TEMP")
     add_method("--absent", choices=("zero", "drop"), help="of a modality; default: as in training")
     add_method("--seconds", type=float,
         help="length of a view of sound; default: the encoder's, or the clips' where they are all shorter")
@@ -845,6 +888,15 @@ def make_parser():
     add_method("--regularised-masking", type=float, default=0.0, metavar="SHARE",
         help="fine-tuning: share of the tokens that may not attend with their own score (paper of A-JEPA: "
         "0.1)")
+    add_method("--weighted", action="store_true",
+        help="fine-tuning: draw clips by the inverse frequency of their classes (AST, Audio-MAE)")
+    add_method("--mixup", type=float, default=0.0, metavar="ALPHA",
+        help="fine-tuning: mix the clips of a batch in pairs, each with a share from Beta(ALPHA, ALPHA)")
+    add_method("--specaugment", type=int, nargs=2, default=[0, 0], metavar=("F", "T"),
+        help="fine-tuning: hide a band of up to F mel bins and one of up to T frames of each view of sound")
+    add_run("--out", help="fine-tuning: folder, with one for each seed and fold in it (default: "
+        "finetune-DATA-MODALITY beside the checkpoint)")
+    run.loop_flags(add_data, add_run, add_machine)
     add_method("--cache-gb", type=float,
         help="a probe keeps its features in memory up to this size, else it decodes anew; default: 4")
     return parser
@@ -854,12 +906,16 @@ def get_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     check_ranges(args, RANGES)
+    if not args.query and not args.data:
+        raise UserError("give --data SET, or with --query FILE ask a fine-tuned checkpoint")
     if args.baseline == "raw" and (args.probe != "linear" or args.patch_level or args.layers):
         raise UserError("--baseline raw has no tokens, no layers and nothing to train; use --probe linear "
                         "without --layers, --patch-level")
     check_needs(parser, args)
     if args.probe == "finetune" and len(args.lr or ()) > 1:
         raise UserError("--lr: fine-tuning takes one learning rate")
+    if len(args.ckpt) > 1 and (args.out or args.query):
+        raise UserError(f"{'--out' if args.out else '--query'} is for one encoder; give one --ckpt")
     on_embedding = args.head in (*kinds.ON_EMBEDDING, "regression")
     if args.probe == "attentive" and on_embedding:
         raise UserError(f"--head {args.head} reads no tokens; use --probe linear, or another --head")
@@ -884,8 +940,12 @@ def get_args(argv=None):
     return args
 
 
+BEST = 5                                                # classes that --query shows
+
+
 def probe_checkpoint(args, process, workers):
-    """Probe the one checkpoint args.ckpt, or save its features, as the flags say."""
+    """Probe the one checkpoint args.ckpt, or save its features, as the flags say; whether it was done before
+    a signal came."""
     began = time.time()
     load = functools.partial(
         common.load_encoder, args.ckpt, process.device, args.baseline == "untrained", args.absent,
@@ -897,28 +957,30 @@ def probe_checkpoint(args, process, workers):
         views = choose_views(args, encoder, listing, protocol)
         seen = RawInput(views.modality) if args.baseline == "raw" else encoder
         save_features(Path(args.save_features), seen, listing, views, process, workers, args.patch_level)
-        return
-    print(f"{args.ckpt}, step {encoder.step:,}")
-    train = data.list_clips(args.data, args.data_dir, "train")
-    test = data.list_clips(args.data, args.data_dir, "test")
-    train = labelled(train, "training")
-    test = labelled(test, "test")
-    if "protocol" not in encoder.method and protocol.column != "toy":
-        print(f"{args.ckpt} holds no protocol of its method; an older version of the code wrote it: the "
-              "general one is taken (PROTOCOL in probe.py)")
-    views = choose_views(args, encoder, train, protocol)
-    if train.fold is None:
-        print(f"{data.describe(train)} (train)\n{data.describe(test)} (test)")
-    else:
-        print(f"{data.describe(train)} (tested fold by fold)")
+        return True
+    with process.alone():
+        print(f"{args.ckpt}, step {encoder.step:,}")
+        train = labelled(run.list_clips(args, process), "training")
+        test = labelled(data.list_clips(args.data, args.data_dir, "test"), "test")
+        if "protocol" not in encoder.method and protocol.column != "toy":
+            print(f"{args.ckpt} holds no protocol of its method; an older version of the code wrote it: the "
+                  "general one is taken (PROTOCOL in probe.py)")
+        views = choose_views(args, encoder, train, protocol)
+        if train.fold is None:
+            print(f"{data.describe(train)} (train)\n{data.describe(test)} (test)")
+        else:
+            print(f"{data.describe(train)} (tested fold by fold)")
+        tasks = list_tasks(protocol, train, test)
+        classes = check_classes(train, test)
+        if train.fold is None and (protocol.clips or protocol.test_clips):
+            first = tasks[0]
+            learnt = train.subset(union([first.inner, first.held]))
+            classes = check_classes(learnt, test.subset(first.outer))
+        warn_of_few_steps(protocol, len(tasks[0].inner))
     seen = RawInput(views.modality) if args.baseline == "raw" else encoder
-    tasks = list_tasks(protocol, train, test)
-    classes = check_classes(train, test)
-    if train.fold is None and (protocol.clips or protocol.test_clips):
-        first = tasks[0]
-        classes = check_classes(train.subset(union([first.inner, first.held])), test.subset(first.outer))
-    cache_gb = 4.0 if args.cache_gb is None else args.cache_gb
-    results = run_probe(protocol, views, seen, load, train, test, tasks, process, workers, cache_gb)
+    results = run_probe(args, protocol, views, seen, load, train, test, tasks, process, workers)
+    if results is None or not process.main:
+        return results is not None
     seconds = time.time() - began
     for (head, tested), result in results.items():
         print_result(args, protocol, views, head, tested, result)
@@ -942,18 +1004,36 @@ def probe_checkpoint(args, process, workers):
             "recipe": protocol.column,
             "version": run.code_version(),
             "regularised_masking": protocol.regularised_masking,
+            "weighted": args.weighted,
+            "mixup": args.mixup,
+            "specaugment": args.specaugment,
             "seeds": protocol.seeds,
             "ckpt": str(args.ckpt),
             "step": encoder.step,
             "seconds": round(seconds, 1)})
     print(f"{seconds:.1f} s")
+    return True
+
+
+def show_classes(args, process):
+    """--query: the best classes of one file on the screen, by each head."""
+    found, classes = finetune.classify(args.ckpt[0], args.query, process)
+    for name, probabilities in found.items():
+        print(f"{args.query}, by the head '{name}':")
+        for share, index in zip(*probabilities.topk(min(BEST, len(classes)))):
+            print(f"{100 * share:6.1f} %  {classes[index]}")
 
 
 def main(argv=None):
     args = get_args(argv)
-    process, workers = run.one_process(args, "probe.py")
+    start = run.any_processes if args.probe == "finetune" else run.one_process
+    process, workers = start(args, "probe.py")
+    if args.query:
+        show_classes(args, process)
+        return
     for one in run.each_checkpoint(args):
-        probe_checkpoint(one, process, workers)
+        if not probe_checkpoint(one, process, workers):
+            return
 
 
 def print_result(args, protocol, views, head, tested, result):

@@ -25,6 +25,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import io
 import json
 import math
 import os
@@ -80,6 +81,18 @@ class Process:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def alone(self):
+        """A context in which rank 0 alone prints, for what all ranks do alike."""
+        return contextlib.nullcontext() if self.main else contextlib.redirect_stdout(io.StringIO())
+
+    def gather(self, thing):
+        """Each rank's `thing`, on all ranks."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
 
     def any(self, flag):
         """True on all ranks if it is True on one."""
@@ -171,13 +184,25 @@ def default_workers(process):
     return max(1, min(16, free // local))
 
 
-def one_process(args, script):
-    """(Process, number of data workers) of a command that evaluates, by its flags. UserError where torchrun
-    started it."""
+def any_processes(args, script=None):
+    """(Process, number of data workers) of a command, by its flags."""
     process = start_process(args.device, args.bf16)
+    return process, default_workers(process) if args.workers is None else args.workers
+
+
+def one_process(args, script):
+    """any_processes of a command that evaluates. UserError where torchrun started it."""
+    process, workers = any_processes(args)
     if process.world > 1:
         raise UserError(f"{script} runs in one process; start it without torchrun")
-    return process, default_workers(process) if args.workers is None else args.workers
+    return process, workers
+
+
+def list_clips(args, process, split="train"):
+    """The listing of --data. Clips that we make ourselves rank 0 writes first, while the others wait."""
+    if data.find_set(args.data).make is not None:
+        process.from_main(lambda: data.list_clips(args.data, args.data_dir, split))
+    return data.list_clips(args.data, args.data_dir, split)
 
 
 class Stopped(BaseException):
@@ -550,8 +575,9 @@ def draw_column(ax, column, runs):
 
 class Run:
     """One training run of a method. method: the METHOD of its script; recipe: of read_recipe; clips: how
-    many of the set's clips are trained on, drawn with seed 0 (None or 0: all)."""
-    def __init__(self, method, args, recipe, clips=None):
+    many of the set's clips are trained on, drawn with seed 0 (None or 0: all); listing: of the clips, where
+    they are not those of the set."""
+    def __init__(self, method, args, recipe, clips=None, listing=None):
         self.method = method
         self.args = args
         self.recipe = recipe
@@ -566,9 +592,7 @@ class Run:
             torch.set_num_threads(1)                   # small operations, and the other cores decode
 
         self.made = data.find_set(args.data).make is not None
-        if self.made:                                  # rank 0 writes the clips, the others wait
-            self.process.from_main(self.list_clips)
-        self.listing = self.list_clips()
+        self.listing = listing or self.list_clips()
         self.described = data.describe(self.listing)
         if clips and clips < len(self.listing):
             self.described += f", of which {clips:,} are trained on (--clips)"
@@ -585,7 +609,7 @@ class Run:
         recipe["steps"] = self.total
 
     def list_clips(self):
-        return data.list_clips(self.args.data, self.args.data_dir)
+        return list_clips(self.args, self.process)
 
     # -- before the loop -----------------------------------------------------------------------------------
 
@@ -600,10 +624,10 @@ class Run:
             raise UserError(f"the model is too large for this machine {common.reason(e)}; make it or its "
                             "inputs smaller") from None
 
-    def resume(self, model, optimizer):
+    def resume(self, model, optimizer, weights=None):
         """Make the folder, and go on from the checkpoint that a stopped run left there, or make a
         finished one longer. A run with other recipe values than the ones asked for is refused, not written
-        over. Under torchrun all processes must see the same folder."""
+        over. Under torchrun all processes must see the same folder. weights: of data.Batches."""
         found = self.open_folder()
         self.start = found["step"] if found else 0
         self.done = self.start                         # steps ...
@@ -614,7 +638,7 @@ class Run:
             raise UserError(f"--out {self.out}: the processes find different checkpoints there; it must lie "
                             "on a file system that all nodes share")
         self.order = data.Batches(len(self.listing), self.recipe["batch_size"], self.args.seed, self.start,
-                                  self.total, self.rank, self.world, self.args.accumulate)
+                                  self.total, self.rank, self.world, self.args.accumulate, weights)
         self.online = self.make_probe(model)
         self.found = None                   # what is small of it; the weights would be gigabytes on each rank
         if found:
@@ -696,12 +720,13 @@ class Run:
         std = std.clamp_min(self.recipe["std_floor"])
         return replace(inputs, mel_mean=tuple(mean.tolist()), mel_std=tuple(std.tolist()))
 
-    def begin(self, model, optimizer, inputs, plan, draw=None, weigh=None):
+    def begin(self, model, optimizer, inputs, plan, draw=None, weigh=None, clip_inputs=None):
         """Open the loader and the log, say what is trained, compile and wrap the model.
 
         plan(rng, duration): the views of a clip (data.Clips). draw(step): the masks of this rank's clips, a
         list of {input: (context (B, C), target (B, M))}; None: the method hides nothing. weigh: {input: its
-        modalities}, for the weights of a mean over those clips that have them; None: over all clips."""
+        modalities}, for the weights of a mean over those clips that have them; None: over all clips.
+        clip_inputs: of the clips, where these are longer or shorter than the encoder's `inputs`."""
         args = self.args
         self.unwrapped = model
         self.optimizer = optimizer
@@ -710,6 +735,7 @@ class Run:
             raise UserError(f"{self.out}: the run there has other inputs than its recipe makes here, as of "
                             "another version of the code; give another --out, or --fresh")
         self.weigh = weigh
+        self.clip_inputs = clip_inputs or inputs
         self.batches = self.load(plan)
         self.fetched = []                              # the micro-batches of a step
         self.error = None                              # what ends the run when the next step is to begin
@@ -729,7 +755,7 @@ class Run:
 
     def load(self, plan):
         """An iterator over the micro-batches of all steps that are left."""
-        clips = data.Clips(self.listing, self.inputs, plan, self.args.seed, augment=self.augment)
+        clips = data.Clips(self.listing, self.clip_inputs, plan, self.args.seed, augment=self.augment)
         pin = self.device.type == "cuda"
         return iter(data.train_loader(clips, self.order, self.workers, pin, self.args.accumulate))
 
@@ -916,13 +942,15 @@ class Run:
 
     def note(self, loss, shown):
         """Keep what a micro-batch shows: scalars, its part of the step's mean; embeddings (B, D), whose
-        health is logged; and clip embeddings clip/audio, clip/video, clip/av (B, D) for the online probe."""
+        health is logged; clip embeddings clip/audio, clip/video, clip/av (B, D) for the online probe; scores
+        (B, C) of heads, which are measured by `targets`."""
         self.noted.append({"loss": loss.detach(), **shown})
 
-    def clip(self, max_norm=math.inf):
-        """Clip the norm of all gradients together; returns what it was. UserError where it, or the loss, is
-        not finite."""
-        grad_norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), max_norm).item()
+    def clip(self, max_norm=None):
+        """Clip the norm of all gradients together, if at all; returns what it was. UserError where it, or the
+        loss, is not finite."""
+        limit = math.inf if max_norm is None else max_norm
+        grad_norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit).item()
         loss = sum(shown["loss"] for shown in self.noted).item()
         if self.process.any(not math.isfinite(loss + grad_norm)):
             poisoned = []
@@ -961,7 +989,12 @@ class Run:
                 std, rank = common.health(common.gather_ranks(torch.cat(parts)))
                 row[f"std/{part}"] = std
                 row[f"rank/{part}"] = rank
-            elif kind != "clip":
+            elif kind == "scores":
+                targets = common.gather_ranks(torch.cat([shown["targets"] for shown in noted])).cpu()
+                scores = common.gather_ranks(torch.cat(parts)).cpu()
+                metric, value, _ = heads.measure(scores, targets)
+                row[f"{metric}/{part}"] = value
+            elif kind not in ("clip", "targets"):
                 row[name] = self.process.total(sum(parts)).item() / self.world
         if self.online:
             row.update(self.online.row())
@@ -1061,9 +1094,9 @@ class Run:
         self.pool.shutdown()
         self.stop.release()
 
-    def finish(self, report):
+    def finish(self, report=None):
         """The curves, and for a set that we make ourselves the table: report(folder, data folder, process,
-        workers, set)."""
+        workers, set), if there is one."""
         self.close()
         if self.stopped or not self.process.main:
             return
@@ -1075,7 +1108,7 @@ class Run:
         try:
             replace_file(self.out / "curves.png", lambda file: draw_curves(file, rows, title))
             self.say(f"trained {self.total:,} steps: {self.out}/latest.pt, log.jsonl, curves.png")
-            if self.made:
+            if self.made and report:
                 torch.set_num_threads(self.threads)
                 report(self.out, self.args.data_dir, self.process, self.workers, self.args.data)
         except OSError as e:
@@ -1118,6 +1151,24 @@ def flag_groups(parser):
     return groups
 
 
+# of the flags of every loop
+LOOP_RANGES = {
+    "accumulate": (1, 10 ** 6), "log_every": (1, 10 ** 9), "save_every": (1, 10 ** 9), "max_bad": (0, 1)}
+
+
+def loop_flags(add_data, add_run, add_machine):
+    """The flags of every loop, with the same meaning: of the four scripts and of fine-tuning."""
+    add_data("--max-bad", type=float, default=0.1,
+        help="stop training when more than this share of the clips does not decode")
+    add_run("--fresh", action="store_true", help="start over, whatever lies in --out")
+    add_run("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")
+    add_run("--log-every", type=int, default=10, help="steps between two rows of the log")
+    add_run("--save-every", type=int, default=500, help="steps between two checkpoints")
+    add_machine("--compile", action="store_true", help="torch.compile the encoder")
+    add_machine("--checkpoint-activations", action="store_true",
+        help="less memory: the backward pass computes each block again")
+
+
 def make_parser(doc, name):
     """A parser with the flags that all methods share, with the same meaning, and the add_argument of its
     group "method". doc: the script's; name: of the method."""
@@ -1126,21 +1177,16 @@ def make_parser(doc, name):
     add_data("--data", default="toy", help=", ".join(data.SETS))
     add_data("--data-dir",
         help="folder with the clips and the csv files (default: none; toys: in cache/)")
-    add_data("--max-bad", type=float, default=0.1,
-        help="stop when more than this share of the clips does not decode")
     add_run("--out", help=f"folder of the run (default: runs/{name}-DATA-seedSEED)")
     add_run("--seed", type=int, default=0, help="of initial weights, order, views and masks")
     add_run("--steps", type=int, help="optimiser steps, instead of --epochs; more than before make a "
         "run longer (default: the recipe's)")
     add_run("--epochs", type=float, help="passes over the data (default: the recipe's)")
     add_run("--batch-size", type=int, help="clips a step, over all processes (default: the recipe's)")
-    add_run("--accumulate", type=int, default=1, help="micro-batches a step, for small memories")
     add_run("--lr", type=float, help="peak learning rate (default: the recipe's)")
     add_run("--resume", default="auto", metavar="auto|FILE",
         help="auto goes on from --out; or a checkpoint of the same recipe")
-    add_run("--fresh", action="store_true", help="start over, whatever lies in --out")
-    add_run("--log-every", type=int, default=10, help="steps between two rows of the log")
-    add_run("--save-every", type=int, default=500, help="steps between two checkpoints")
+    loop_flags(add_data, add_run, add_machine)
     add_run("--online-probe", action=argparse.BooleanOptionalAction,
         help="linear heads trained along on labels, which change nothing else: probe/audio, probe/video and "
         "probe/av in the log (default: on for the sets that we make ourselves)")
@@ -1162,9 +1208,6 @@ def make_parser(doc, name):
     add("--filter", type=float, help="bass, middle and treble louder or softer by up to so many dB")
     add("--noise", type=float, help="white noise so many dB below the sound, or up to 20 more: a "
         "small number is loud")
-    add_machine("--compile", action="store_true", help="torch.compile the encoder")
-    add_machine("--checkpoint-activations", action="store_true",
-        help="less memory: the backward pass computes each block again")
     return parser, add_method
 
 
@@ -1207,12 +1250,10 @@ def read_recipe(args, name, table, flags=(), modalities=("video", "audio")):
             raise UserError(f"--{key} has no effect: this run takes {modalities[0]} alone; leave it out")
         if modality not in modalities:
             recipe[key] = 0.0
-    check_range("--accumulate", args.accumulate, 1, 10 ** 6)
-    check_range("--log-every", args.log_every, 1, 10 ** 9)
-    check_range("--save-every", args.save_every, 1, 10 ** 9)
+    for key, (low, high) in LOOP_RANGES.items():
+        check_range("--" + key.replace("_", "-"), getattr(args, key), low, high)
     check_range("--keep-every", 1 if args.keep_every is None else args.keep_every, 1, 10 ** 9)
     check_range("--workers", args.workers or 0, 0, 1024)
-    check_range("--max-bad", args.max_bad, 0, 1)
     check_range("--seed", args.seed, 0, 2 ** 31)
     recipe.update(data=args.data, seed=args.seed)
     args.out = args.out or f"runs/{name}-{args.data}-seed{args.seed}"

@@ -19,11 +19,16 @@ from datasets.views import TRIES, Clips, collate
 LOOK = "look at the files with python data.py --check"          # what each sentence about bad clips ends with
 
 
+class NoClip(UserError):
+    """Not one clip of a listing can be used."""
+
+
 class Batches(Sampler):
     """Keys (epoch, index) of this rank's (micro-)batches from step `start` to `steps`: a pure function of
     (seed, step, rank), so that a run that goes on replays nothing. `batch` is global; the last, smaller batch
-    of an epoch is dropped."""
-    def __init__(self, count, batch, seed, start, steps, rank=0, world=1, accumulate=1):
+    of an epoch is dropped. weights (count,): a step's clips are drawn with these probabilities, with
+    replacement, and each has a number of its own in place of the epoch."""
+    def __init__(self, count, batch, seed, start, steps, rank=0, world=1, accumulate=1, weights=None):
         if batch > count:
             raise UserError(f"--batch-size {batch} is larger than the set ({count:,} clips); make it smaller")
         if batch % (world * accumulate):
@@ -37,11 +42,20 @@ class Batches(Sampler):
         self.rank = rank
         self.world = world
         self.accumulate = accumulate
+        self.weights = weights
 
     def __len__(self):
         return (self.steps - self.start) * self.accumulate
 
     def __iter__(self):
+        batches = self.ordered() if self.weights is None else self.drawn()
+        for batch in batches:
+            mine = batch[self.rank::self.world]
+            for micro in np.split(mine, self.accumulate):
+                yield [(int(number), int(i)) for number, i in micro]
+
+    def ordered(self):
+        """(batch, 2) of each step: (epoch, index)."""
         per_epoch = self.count // self.batch
         ordered = None                                          # the epoch whose order is at hand
         for step in range(self.start, self.steps):
@@ -50,9 +64,15 @@ class Batches(Sampler):
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
                 ordered = epoch
             batch = order[place * self.batch:(place + 1) * self.batch]
-            mine = batch[self.rank::self.world]
-            for micro in np.split(mine, self.accumulate):
-                yield [(epoch, int(i)) for i in micro]
+            yield np.stack([np.full(self.batch, epoch), batch], 1)
+
+    def drawn(self):
+        """(batch, 2) of each step: (number of the draw, index), each index by its weight."""
+        reached = np.cumsum(self.weights)
+        for step in range(self.start, self.steps):
+            draws = np.random.default_rng((self.seed, step)).random(self.batch)
+            index = np.searchsorted(reached, draws * reached[-1], side="right")
+            yield np.stack([step * self.batch + np.arange(self.batch), index], 1)
 
 
 def start_worker(worker):
@@ -243,7 +263,7 @@ def eval_batches(listing, inputs, plan, batch, workers, troubles, label, seed=0)
         if used and count:
             print(f"{label}: {count:,} of {len(listing):,} clips have no {lack}")
     if not used:
-        raise UserError(f"{listing.name}: no readable clip among {len(listing):,}; {LOOK}")
+        raise NoClip(f"{listing.name}: no readable clip among {len(listing):,}; {LOOK}")
 
 
 class Troubles:

@@ -40,7 +40,7 @@ class Tuning:
     views: Views                        # of a clip, in training and in the test
     average: str                        # over the test views, of heads.average
     layers: list | None = None          # of FrozenEncoder
-    mix: bool = False                   # a learned average of these layers
+    mix: int = 0                        # of heads.make_head
 
     def probabilities(self, scores):
         """(views, C) scores of a clip's views -> (C,), as the test averages them."""
@@ -52,8 +52,7 @@ class Tuning:
 
 def make_heads(tuning, dim):
     """{name: head} on an encoder of width dim."""
-    mix = len(tuning.layers) if tuning.mix else 0
-    heads = {name: kinds.make_head(name, dim, len(tuning.classes), mix) for name in tuning.heads}
+    heads = {name: kinds.make_head(name, dim, len(tuning.classes), tuning.mix) for name in tuning.heads}
     return nn.ModuleDict(heads)
 
 
@@ -229,7 +228,7 @@ def tune(args, protocol, views, encoder, listing, batch, steps, seed, out):
     recipe = {name: getattr(protocol, name) for name in TRAINING}
     recipe.update(
         size=config["size"], encoder=fingerprint(encoder.vit), data=args.data, clips=len(listing),
-        modality=views.modality, seconds=views.inputs.seconds, layers=args.layers, mix=args.mix,
+        modality=views.modality, seconds=views.inputs.seconds, layers=args.layers, mix=protocol.mix,
         batch_size=batch, steps=steps, seed=seed, weighted=args.weighted, mixup=args.mixup,
         specaugment=tuple(args.specaugment), **asdict(data.Augment()))
     own = vars(args) | dict(seed=seed, out=str(out), resume="auto", online_probe=False, keep_every=None)
@@ -240,7 +239,7 @@ def tune(args, protocol, views, encoder, listing, batch, steps, seed, out):
         weight = kinds.positive_weight(positives, len(listing)).float()
     tuning = Tuning(
         tuple(protocol.heads), listing.classes, listing.multilabel, views, protocol.average, args.layers,
-        args.mix)
+        protocol.mix)
     model = run.build(Tuned, encoder, tuning, protocol.regularised_masking, protocol.smoothing, weight,
                       args.mixup, args.specaugment, seed, config)
     for module in model.modules():

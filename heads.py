@@ -180,8 +180,29 @@ ON_TOKENS = {
 HEADS = {**ON_EMBEDDING, **ON_TOKENS}
 
 
+class Mixed(nn.Module):
+    """A head behind the average of several blocks, whose outputs stand side by side in (..., blocks D): a
+    learned number for each block, and their softmax is how much it counts, as SUPERB (2105.01051) measures
+    HuBERT and others."""
+    def __init__(self, head, blocks):
+        super().__init__()
+        self.head = head
+        self.weights = nn.Parameter(torch.zeros(blocks))        # at the start the plain mean, as in s3prl
+
+    def mix(self, x):
+        """(..., blocks D) -> (..., D)"""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.weights.softmax(0) @ x.float().unflatten(-1, (len(self.weights), -1))
+
+    def forward(self, tokens, embedding):
+        mixed = [None if x is None else self.mix(x) for x in (tokens, embedding)]
+        return self.head(*mixed)
+
+
 def make_head(name, dim, classes, mix=0):
-    return HEADS[name](dim, classes)
+    """A head of HEADS for features of width dim. mix: of so many blocks side by side in dim, the head reads
+    the learned average; 0: all that there is."""
+    return Mixed(HEADS[name](dim // mix, classes), mix) if mix else HEADS[name](dim, classes)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --probe finetune --seeds 0 1 2
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --probe finetune --regularised-masking 0.1
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --clips 500 --steps 1000    # few labels
+    python probe.py --ckpt RUN --data SET --data-dir FOLDER --layers 3 7 11 --mix       # which blocks count
     python probe.py --ckpt RUN --data folder --data-dir clips/ --save-features clips.npz --patch-level
 
 What a method's authors do (heads, rates, schedule, views) is the protocol in its METHOD, which its checkpoint
@@ -127,7 +128,7 @@ def choose_heads(probe, asked, values):
 
 def choose_protocol(args, encoder):
     """The protocol that args asks for, as a namespace with the rows of PROTOCOL, and: probe, column, seeds,
-    regularised_masking, heads {name: the rates that are tried}."""
+    regularised_masking, mix (of heads.make_head), heads {name: the rates that are tried}."""
     column = choose_column(args, encoder)
     values = {name: row[COLUMNS[column]] for name, row in PROTOCOL.items()}
     if column != "toy":
@@ -158,9 +159,13 @@ def choose_protocol(args, encoder):
             if getattr(args, name) is not None:
                 raise UserError(f"{flag(name)} has no effect on a regression, which has no rates and no "
                                 "steps and keeps its features; leave it out, or give --head linear")
+        if args.mix:
+            raise UserError("--mix: a regression learns no weights of the blocks; give --head linear, or "
+                            "--probe attentive")
     return SimpleNamespace(
         **values, probe=args.probe, column=column, heads=heads, seeds=list(dict.fromkeys(args.seeds)),
-        regularised_masking=args.regularised_masking, frozen=args.probe != "finetune")
+        regularised_masking=args.regularised_masking, frozen=args.probe != "finetune",
+        mix=len(args.layers) if args.mix else 0)
 
 
 def schedule(protocol, clips):
@@ -450,7 +455,9 @@ def fit_heads(protocol, source, listing, inner, held, seed):
         candidates += [(name, lr) for lr in lrs]
     dim = source.encoder.dim
     torch.manual_seed(seed)
-    first = {name: kinds.HEADS[name](dim, len(listing.classes)) for name in protocol.heads}
+    first = {}
+    for name in protocol.heads:
+        first[name] = kinds.make_head(name, dim, len(listing.classes), protocol.mix)
 
     def train(candidates, chosen, label):
         heads = [copy.deepcopy(first[name]).to(source.process.device) for name, _ in candidates]
@@ -494,8 +501,11 @@ def fit_and_test(protocol, sources, train, test, task, tested):
 
 def test_heads(protocol, heads, chosen, source, train, outer, tested):
     """Test heads on the clips `outer` of a source: {(head, modality tested on): dict(metric, value, classes,
-    lr, held_out, N)}. train: the listing that they learned from."""
+    lr, held_out, N)}, of a mix also mix_weights. train: the listing that they learned from."""
     test = source.listing
+    if protocol.mix:
+        for head, choice in zip(heads, chosen):
+            choice["mix_weights"] = [round(w, 4) for w in head.weights.softmax(0).tolist()]
     found = score_shared(heads, source, outer, tested, protocol, "test")
     if source.views.modality not in found:
         raise nothing_has(test, MODALITIES[source.views.modality])
@@ -553,7 +563,7 @@ def join_folds(results):
         each[key] = [result[key] for result in results]
     return {
         **results[0],
-        **{key: each[key] for key in ("lr", "C", "held_out") if key in each},
+        **{key: each[key] for key in ("lr", "C", "held_out", "mix_weights") if key in each},
         "value": float(np.mean(each["value"])),
         "folds": each["value"],
         "N": sum(each["N"]),
@@ -565,7 +575,7 @@ def join_seeds(results):
     values = [result["value"] for result in results]
     joined = {**results[0], "value": float(np.mean(values)), "std": spread(values), "values": values}
     if len(results) > 1:
-        for key in ("lr", "C", "held_out"):
+        for key in ("lr", "C", "held_out", "mix_weights"):
             if key in joined:
                 joined[key] = [result[key] for result in results]
     return joined
@@ -785,6 +795,7 @@ NEEDS = {  # flag: what it serves; those that are not here serve all of it
     **dict.fromkeys(("out", "fresh", "accumulate", "log_every", "save_every", "max_bad", "compile",
                      "checkpoint_activations", "weighted", "mixup", "specaugment"), ("finetune",)),
     **dict.fromkeys(("head", "epochs", "steps", "batch_size", "lr", "crops", "clips", "seeds"), PROBES),
+    "mix":                 PROBES,
     "split":               ("save-features",),
     "patch_level":         ("save-features",)}
 RANGES = {
@@ -865,7 +876,8 @@ def make_parser():
         help="of a method that has both; default: the one that it evaluates")
     add_method("--layers", type=int, nargs="+",
         help="blocks, from 0, whose outputs are put side by side; default: the last one's alone")
-    add_method("--mix", action="store_true", help="TEMP")
+    add_method("--mix", action="store_true",
+        help="the head reads the average of --layers instead, one learned weight for each block (SUPERB)")
     add_method("--absent", choices=("zero", "drop"), help="of a modality; default: as in training")
     add_method("--seconds", type=float,
         help="length of a view of sound; default: the encoder's, or the clips' where they are all shorter")
@@ -908,10 +920,12 @@ def get_args(argv=None):
     check_ranges(args, RANGES)
     if not args.query and not args.data:
         raise UserError("give --data SET, or with --query FILE ask a fine-tuned checkpoint")
-    if args.baseline == "raw" and (args.probe != "linear" or args.patch_level or args.layers):
+    if args.baseline == "raw" and (args.probe != "linear" or args.patch_level or args.layers or args.mix):
         raise UserError("--baseline raw has no tokens, no layers and nothing to train; use --probe linear "
-                        "without --layers, --patch-level")
+                        "without --layers, --mix, --patch-level")
     check_needs(parser, args)
+    if args.mix and len(args.layers or ()) < 2:
+        raise UserError("--mix averages blocks; give --layers with at least two, such as --layers 1 3")
     if args.probe == "finetune" and len(args.lr or ()) > 1:
         raise UserError("--lr: fine-tuning takes one learning rate")
     if len(args.ckpt) > 1 and (args.out or args.query):
@@ -994,6 +1008,7 @@ def probe_checkpoint(args, process, workers):
             "absent": encoder.vit.absent,
             "encoder": args.encoder,
             "layers": args.layers,
+            "mix": args.mix,
             **result,
             **classes,
             "views": views.test,

@@ -81,7 +81,7 @@ def made_protocol(kind, lrs, **more):
     """The general protocol of a frozen encoder, with one head and what is given."""
     values = {name: row[0] for name, row in probe.PROTOCOL.items()}
     return Namespace(**{**values, "probe": "linear", "heads": {kind: lrs}, "seeds": [0], "frozen": True,
-                        "least_steps": 0, "batch_share": 1.0, **more})
+                        "mix": 0, "least_steps": 0, "batch_share": 1.0, **more})
 
 
 def fit(kind, x, y, classes, lrs, epochs, batch=64, seed=0, **more):
@@ -136,6 +136,18 @@ def test_the_rate_is_chosen_without_the_test_set(kind, lrs):
         result = fit(kind, random(300, 1, 16), torch.cat([y[:225], y_test]), 3, lrs, 10)
         chosen.add((result["lr"], result.get("C")))
     assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("kind, shape, epochs", [
+    ("linear", (300, 1, 96), 30), ("standardised", (300, 1, 96), 30), ("attentive", (300, 1, 4, 96), 30)])
+def test_of_a_mix_the_block_that_carries_the_class_counts_most(kind, shape, epochs):
+    x = random(*shape)
+    y = torch.arange(300) % 3
+    x[..., 32:35] += 3 * one_hot(y, 3).view(300, *[1] * (len(shape) - 2), 3)     # in the second of three
+    found = fit(kind, x, y, 3, (1e-1,), epochs, mix=3)
+    first, second, third = found["mix_weights"]
+    assert second > 2 * max(first, third) and first + second + third == pytest.approx(1, abs=1e-3)
+    assert found["value"] > 80 and all(round(w, 4) == w for w in found["mix_weights"])
 
 
 def test_a_head_never_trains_on_official_validation_clips():

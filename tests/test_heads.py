@@ -125,6 +125,33 @@ def test_a_linear_head_is_linear_behind_its_norm_and_float32(kind):
     torch.testing.assert_close(got, normed @ head.linear.weight.T + head.linear.bias, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", heads.HEADS)
+def test_a_mix_gives_any_head_the_average_of_the_blocks_by_the_softmax_of_their_weights(kind):
+    head = heads.make_head(kind, 3 * 64, 5, mix=3)
+    for p in head.head.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    tokens = random(4, 7, 3 * 64)
+    embedding = random(4, 3 * 64, seed=1)
+    for weights in ([0.0, 0.0, 0.0], [0.3, -1.0, 2.0]):             # it starts with the first: the plain mean
+        if any(weights):
+            head.weights.data = torch.tensor(weights)
+        total = sum(math.exp(w) for w in weights)
+        mixed = []
+        for x in (tokens, embedding):
+            average = torch.zeros(*x.shape[:-1], 64)
+            for number, w in enumerate(weights):
+                average += math.exp(w) / total * x[..., 64 * number:64 * (number + 1)]
+            mixed.append(average)
+        torch.testing.assert_close(head(tokens, embedding), head.head(*mixed), atol=1e-5, rtol=1e-4)
+        given = (None, embedding) if kind in heads.ON_EMBEDDING else (tokens, None)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert head.mix(tokens.bfloat16()).dtype == head(*given).dtype == torch.float32
+    plain = heads.make_head(kind, 64, 5)
+    assert type(plain) is type(head.head)
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {
+        k: v.shape for k, v in head.head.state_dict().items()}
+
+
 def test_a_query_starts_as_a_truncated_normal_of_02():
     for kind in heads.ON_TOKENS.values():
         query = kind(512, 2).query

@@ -469,6 +469,21 @@ def test_fine_tuning_takes_the_rates_of_the_method(ears, tones, monkeypatch):
     assert trained == len(list(common.load_encoder(ears).vit.parameters()))
 
 
+def test_a_row_has_how_much_each_block_counts_of_each_seed(ears, tones):
+    for kind in ("linear", "attentive", "finetune"):
+        more = ("--probe", kind, "--steps", 4, "--lr", 0.1, "--batch-size", 8)
+        row = probed(ears, "held", tones, *more, "--layers", 3, 1, "--mix")
+        assert row["mix"] is True and row["layers"] == [3, 1]
+        assert len(row["mix_weights"]) == 2 and sum(row["mix_weights"]) == pytest.approx(1, abs=1e-3)
+        assert row["mix_weights"] != [0.5, 0.5]
+    row = probed(ears, "held", tones, *PAPER, "--layers", 3, 1, "--mix", "--seeds", 0, 1)
+    assert [len(weights) for weights in row["mix_weights"]] == [2, 2]
+    row = probed(ears, "folds", tones, *PAPER, "--layers", 3, 2, 1, "--mix")
+    assert [len(weights) for weights in row["mix_weights"]] == [3, 3, 3]
+    row = probed(ears, "held", tones, *PAPER, "--layers", 3, 1)
+    assert row["mix"] is False and "mix_weights" not in row
+
+
 @pytest.mark.parametrize("seconds, columns", [(0.2, 2), (1.0, 7), (2.0, 12), (5.0, 32)])
 def test_an_encoder_and_the_raw_input_take_sound_of_any_length(seconds, columns, ears, tones):
     encoder = common.load_encoder(ears)
@@ -617,6 +632,12 @@ REFUSED = """
 --encoder context --baseline untrained | --encoder has no effect without the trained
 --baseline raw --layers 1 | no layers
 --baseline raw --patch-level | no tokens
+--baseline raw --mix | no layers
+--mix | --mix averages blocks; give --layers with at least two
+--mix --layers 3 | --mix averages blocks; give --layers with at least two
+--mix --layers 0 3 --head regression | --mix: a regression learns no weights of the blocks; give --head
+--mix --layers 0 3 --recipe toy | --mix: a regression learns no weights of the blocks; give --head
+--mix --layers 0 3 --save-features f.npz | --mix has no effect without a probe; leave --save-features out
 --probe attentive --head linear | --head linear reads no tokens
 --probe finetune --lr 1 2 | fine-tuning takes one learning rate
 --lr 1 -1 | --lr -1.0 is out of range

@@ -3,6 +3,7 @@
     python bench.py avjepa_lejepa --batch-size 4                      # made-up clips, the paper's recipe
     python bench.py mjepa --batch-size 32 --checkpoint-activations --compile
     torchrun --nproc_per_node=8 bench.py ajepa
+    python bench.py finetune --ckpt RUN --data toy                    # probe.py --probe finetune, on noise
     python bench.py avjepa_lejepa --data folder --data-dir clips/     # real ones: how long it waits for them
     python bench.py data --data folder --data-dir clips/ --method mjepa --step-seconds 1.5
 
@@ -28,6 +29,8 @@ from unittest.mock import patch
 
 import common
 import data
+import finetune
+import probe
 from common import UserError, check_range, main_guard
 from datasets import batches, collectors, reader
 from datasets.listing import make_listing
@@ -107,16 +110,16 @@ def count_flops(model, batch, masks, weight):
 class Bench(Run):
     """A run that keeps nothing, times its steps, and says what they cost. count: timed steps, None: as the
     constants above say; made_up: no clip is read."""
-    def __init__(self, count, made_up, method, args, recipe, clips=None):
+    def __init__(self, count, made_up, method, args, recipe, clips=None, listing=None):
         given = {"--out": args.out != NOWHERE, "--resume": args.resume != "auto", "--fresh": args.fresh,
                  "--keep-every": args.keep_every, "--steps": args.steps, "--epochs": args.epochs}
         for flag, value in given.items():
             if value:
                 raise UserError(f"{flag}: a bench keeps nothing, and has --count steps; leave it out")
-        if made_up and args.data_dir:
+        if made_up and args.data_dir and not listing:
             raise UserError("--data-dir: without --data the clips are made up; give --data as well")
         for name in data.CHANGES:
-            if made_up and getattr(args, name):
+            if made_up and getattr(args, name, None):
                 raise UserError(f"--{name}: without --data the clips are made up; give --data as well")
         self.count = count
         self.made_up = made_up
@@ -124,7 +127,7 @@ class Bench(Run):
         self.seconds = []                              # of each step
         self.waits = []                                # seconds that each waited for its clips
         recipe["steps"] = self.warm + (count or MOST)
-        super().__init__(method, args, recipe, clips)
+        super().__init__(method, args, recipe, clips, listing)
 
     def list_clips(self):
         if not self.made_up:
@@ -141,7 +144,7 @@ class Bench(Run):
         self.plan = plan
         if not self.made_up:
             return super().load(plan)
-        batch = made_up_batch(plan, self.inputs, self.batch // self.args.accumulate)
+        batch = made_up_batch(plan, self.clip_inputs, self.batch // self.args.accumulate)
         if self.device.type == "cuda":
             batch = {key: x.pin_memory() if torch.is_tensor(x) else x for key, x in batch.items()}
         return (batch for _ in itertools.count())
@@ -194,7 +197,10 @@ class Bench(Run):
             self.say(f"the first step took {first:,} s, {left} more: about {first * left / 60:,.0f} min; a "
                      "lower --batch-size takes less")
 
-    def finish(self, report):
+    def words(self):
+        return f"recipe {recipe_column(self.args)}"
+
+    def finish(self, report=None):
         self.close()
         if self.process.main and len(self.seconds) > self.warm:
             for name, text in self.found_out().items():
@@ -202,7 +208,9 @@ class Bench(Run):
 
     def flops(self):
         """FLOP that a clip needs, the mean over some of the timed steps."""
-        batch = data.to_device(made_up_batch(self.plan, self.inputs, 2), "meta")
+        batch = data.to_device(made_up_batch(self.plan, self.clip_inputs, 2), "meta")
+        if self.listing.labels is not None:
+            batch["targets"] = self.listing.targets(batch["index"])
         weight = {name: torch.empty(2, device="meta") for name in self.weigh} if self.weigh else 1.0
         counts = []
         for step in range(self.warm, self.warm + (COUNTED if self.draw else 1)):
@@ -246,7 +254,7 @@ class Bench(Run):
         words = [f"{name} {'on' if on else 'off'}" for name, on in switches.items()]
         found = {
             "device": f"{self.world} x {device}",
-            "method": f"{self.method['title']}, recipe {recipe_column(self.args)}, "
+            "method": f"{self.method['title']}, {self.words()}, "
                       f"ViT {self.recipe['size']}, {' + '.join(tokens)} tokens, {trained:,} parameters",
             "step": f"clips: {clips:,}, micro-batches: {self.args.accumulate}, {', '.join(words)}",
             "seconds a step": f"{median:.4g}, median of {len(timed)}: {min(timed):.4g} to {max(timed):.4g}",
@@ -258,6 +266,24 @@ class Bench(Run):
             waited = statistics.mean(self.waits[self.warm:len(self.seconds)])
             found["waited for clips"] = f"{1e3 * waited:.0f} ms a step, mean, workers: {self.workers}"
         return found
+
+
+class Ended(Exception):
+    """A bench has said what it found."""
+
+
+class TuneBench(Bench):
+    """Of fine-tuning: noise with the labels of a set."""
+    def __init__(self, count, method, args, recipe, listing):
+        args.out = NOWHERE
+        super().__init__(count, True, method, args, recipe, listing=listing)
+
+    def words(self):
+        return f"heads {' + '.join(self.recipe['heads'])}"
+
+    def finish(self, report=None):
+        super().finish(report)
+        raise Ended
 
 
 def peak_memory(device):
@@ -281,15 +307,28 @@ def measure_product(rows, dim, width, dtype):
 
 
 def bench_step(args, flags):
+    try:
+        if args.what == "finetune":
+            bench_tuning(args, flags)
+        else:
+            bench_training(args, flags)
+    except torch.OutOfMemoryError:
+        raise UserError("the device has not enough memory for such a step; raise --accumulate, give "
+                        "--checkpoint-activations, or lower --batch-size or --size") from None
+
+
+def bench_training(args, flags):
     script = importlib.import_module(args.what)
     made_up = args.data is None
     own = ["--recipe", "paper", "--no-online-probe"] if made_up else ["--data", args.data]
     with patch.object(script, "Run", functools.partial(Bench, args.count, made_up)):
-        try:
-            script.main(["--out", NOWHERE, *own, *flags])
-        except torch.OutOfMemoryError:
-            raise UserError("the device has not enough memory for such a step; raise --accumulate, give "
-                            "--checkpoint-activations, or lower --batch-size or --size") from None
+        script.main(["--out", NOWHERE, *own, *flags])
+
+
+def bench_tuning(args, flags):
+    with patch.object(finetune, "Run", functools.partial(TuneBench, args.count)):
+        with contextlib.suppress(Ended):
+            probe.main(["--probe", "finetune", *flags])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -423,6 +462,9 @@ def get_args(argv=None):
         return commands.add_parser(name, help=text, description=text, formatter_class=Help,
                                    allow_abbrev=False).add_argument
 
+    add = command("finetune", "a step of fine-tuning, with the flags of probe.py, on noise with the labels of "
+                              "--data")
+    add("--count", type=int, help=f"timed steps (default: {LEAST} to {MOST}, about {ENOUGH:g} s)")
     for name in METHODS:
         add = command(name, f"a step of {name}.py, with the flags of that script; --recipe is 'paper' unless "
                             "it or --data is given")

@@ -97,9 +97,8 @@ class Tuned(nn.Module):
         given = {}
         for key in MODALITIES[self.tuning.views.modality]:
             x = batch[key]
-            lacks = ~batch[f"has_{key}"].repeat_interleave(len(x) // len(batch["index"]))
-            given[key] = x.clone()
-            given[key][lacks.to(x.device)] = 0
+            lacks = ~batch[f"has_{key}"].repeat_interleave(len(x) // len(batch["index"])).to(x.device)
+            given[key] = x.masked_fill(lacks.view(-1, *[1] * (x.ndim - 1)), 0)
         return given
 
     def draw_mask(self, given):

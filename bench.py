@@ -462,8 +462,8 @@ def get_args(argv=None):
         return commands.add_parser(name, help=text, description=text, formatter_class=Help,
                                    allow_abbrev=False).add_argument
 
-    add = command("finetune", "a step of fine-tuning, with the flags of probe.py, on noise with the labels of "
-                              "--data")
+    add = command("finetune", "a step of fine-tuning, with the flags of probe.py, on noise with the labels "
+                              "of --data")
     add("--count", type=int, help=f"timed steps (default: {LEAST} to {MOST}, about {ENOUGH:g} s)")
     for name in METHODS:
         add = command(name, f"a step of {name}.py, with the flags of that script; --recipe is 'paper' unless "

@@ -10,6 +10,7 @@ which load_encoder takes as any other, and the heads with the names of their cla
 takes.
 """
 import hashlib
+from argparse import Namespace
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -153,7 +154,7 @@ class Tuned(nn.Module):
 # Training
 # ----------------------------------------------------------------------------------------------------------
 
-# what of a protocol a fine-tuning goes on with only if it is the same
+# what of a protocol counts while training
 TRAINING = ("heads", "encoder_lr", "weight_decay", "warmup", "warmup_start", "lr_end", "clip_grad",
             "smoothing", "pos_weight", "regularised_masking", "train_starts", "train_crop")
 
@@ -218,29 +219,50 @@ def set_rates(optimizer, step, recipe):
     return optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]
 
 
+def make_recipe(args, protocol, views, encoder, listing, batch, steps, seed):
+    """All that a fine-tuning is made of, as a script's recipe. UserError where --specaugment does not fit."""
+    bins, frames = args.specaugment or (0, 0)
+    if bins or frames:
+        if "audio" not in MODALITIES[views.modality]:
+            raise UserError("--specaugment has no effect: this run takes pictures alone; leave it out")
+        common.check_range("--specaugment F", bins, 0, views.inputs.n_mels)
+        common.check_range("--specaugment T", frames, 0, views.inputs.mel_frames)
+    recipe = {name: getattr(protocol, name) for name in TRAINING}
+    recipe.update(
+        encoder=fingerprint(encoder.vit), size=encoder.config["size"], absent=encoder.vit.absent,
+        layers=args.layers, mix=protocol.mix, modality=views.modality, seconds=views.inputs.seconds,
+        data=args.data, clips=len(listing), batch_size=batch, steps=steps, seed=seed,
+        weighted=args.weighted, mixup=args.mixup, specaugment=(bins, frames), **asdict(data.Augment()))
+    return recipe
+
+
+def make_tuned(recipe, protocol, views, encoder, listing):
+    """The Tuned of a recipe."""
+    weight = None
+    if recipe["pos_weight"] and listing.multilabel:
+        positives = torch.from_numpy(np.bincount(listing.labels, minlength=len(listing.classes)))
+        weight = kinds.positive_weight(positives, len(listing)).float()
+    tuning = Tuning(
+        tuple(recipe["heads"]), listing.classes, listing.multilabel, views, protocol.average,
+        recipe["layers"], recipe["mix"])
+    config = {**encoder.config, "absent": recipe["absent"]}
+    return Tuned(
+        encoder, tuning, recipe["regularised_masking"], recipe["smoothing"], weight, recipe["mixup"],
+        recipe["specaugment"], recipe["seed"], config)
+
+
 def tune(args, protocol, views, encoder, listing, batch, steps, seed, out):
     """Train a FrozenEncoder's weights and the heads of a protocol on the clips of a listing, in the folder
     `out`, or go on there; whether it was done before a signal came. args: of probe.py."""
     method = {**encoder.method, "name": "probe", "weights": "encoder"}      # probe.py goes on with it
     method["title"] = encoder.method["title"].removesuffix(", fine-tuned") + ", fine-tuned"
-    config = {**encoder.config, "absent": encoder.vit.absent}
-    recipe = {name: getattr(protocol, name) for name in TRAINING}
-    recipe.update(
-        size=config["size"], encoder=fingerprint(encoder.vit), data=args.data, clips=len(listing),
-        modality=views.modality, seconds=views.inputs.seconds, layers=args.layers, mix=protocol.mix,
-        batch_size=batch, steps=steps, seed=seed, weighted=args.weighted, mixup=args.mixup,
-        specaugment=tuple(args.specaugment), **asdict(data.Augment()))
-    own = vars(args) | dict(seed=seed, out=str(out), resume="auto", online_probe=False, keep_every=None)
-    run = Run(method, args.__class__(**own), recipe, listing=listing)
-    weight = None
-    if protocol.pos_weight and listing.multilabel:
-        positives = torch.from_numpy(np.bincount(listing.labels, minlength=len(listing.classes)))
-        weight = kinds.positive_weight(positives, len(listing)).float()
-    tuning = Tuning(
-        tuple(protocol.heads), listing.classes, listing.multilabel, views, protocol.average, args.layers,
-        protocol.mix)
-    model = run.build(Tuned, encoder, tuning, protocol.regularised_masking, protocol.smoothing, weight,
-                      args.mixup, args.specaugment, seed, config)
+    recipe = make_recipe(args, protocol, views, encoder, listing, batch, steps, seed)
+    own = dict(seed=seed, out=str(out), resume="auto", online_probe=False, keep_every=None)
+    run = Run(method, Namespace(**vars(args) | own), recipe, listing=listing)
+    if batch // args.accumulate < 2:
+        raise UserError(f"--accumulate {args.accumulate}: a micro-batch of {batch} clips has less than 2; "
+                        "lower it")
+    model = run.build(make_tuned, recipe, protocol, views, encoder, listing)
     for module in model.modules():
         if isinstance(module, common.Block):
             module.checkpoint = args.checkpoint_activations

@@ -5,7 +5,8 @@
     python probe.py --ckpt RUN/step-*.pt RUN --data toy                 # earlier steps, each in turn
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --probe attentive           # A, V and AV at once
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --probe finetune --seeds 0 1 2
-    python probe.py --ckpt RUN --data SET --data-dir FOLDER --probe finetune --regularised-masking 0.1
+    torchrun --nproc_per_node=8 probe.py --ckpt RUN --data SET --data-dir FOLDER --probe finetune --weighted
+    python probe.py --ckpt RUN/finetune-SET-av/seed0 --query dog.wav    # what it says of a person's own file
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --clips 500 --steps 1000    # few labels
     python probe.py --ckpt RUN --data SET --data-dir FOLDER --layers 3 7 11 --mix       # which blocks count
     python probe.py --ckpt RUN --data folder --data-dir clips/ --save-features clips.npz --patch-level
@@ -16,6 +17,9 @@ scikit-learn's logistic regression, which has no steps and no rates. Where sever
 set's official validation clips choose, or where it has none a tenth of the training clips, never the test;
 then the head is trained again on all. A head that was trained on sound and pictures together is also tested
 with one of them absent. A set with folds is tested fold by fold, and the mean counts.
+
+Fine-tuning is a training run (finetune.py): a folder for each seed and fold, a log, and a checkpoint that
+every script takes; stopped, the same command goes on.
 
 Each result is a row in RUN/probe.jsonl: one for each checkpoint, each head and each modality that it was
 tested on; `visualize.py curves RUN` draws them over the steps.
@@ -904,8 +908,9 @@ def make_parser():
         help="fine-tuning: draw clips by the inverse frequency of their classes (AST, Audio-MAE)")
     add_method("--mixup", type=float, default=0.0, metavar="ALPHA",
         help="fine-tuning: mix the clips of a batch in pairs, each with a share from Beta(ALPHA, ALPHA)")
-    add_method("--specaugment", type=int, nargs=2, default=[0, 0], metavar=("F", "T"),
-        help="fine-tuning: hide a band of up to F mel bins and one of up to T frames of each view of sound")
+    add_method("--specaugment", type=int, nargs=2, metavar=("F", "T"),
+        help="fine-tuning: hide a band of up to F mel bins and one of up to T frames of each view of sound; "
+        "default: none")
     add_run("--out", help="fine-tuning: folder, with one for each seed and fold in it (default: "
         "finetune-DATA-MODALITY beside the checkpoint)")
     run.loop_flags(add_data, add_run, add_machine)
@@ -955,6 +960,7 @@ def get_args(argv=None):
 
 
 BEST = 5                                                # classes that --query shows
+TUNING = ("regularised_masking", "weighted", "mixup", "specaugment")    # flags of fine-tuning in a row
 
 
 def probe_checkpoint(args, process, workers):
@@ -973,29 +979,39 @@ def probe_checkpoint(args, process, workers):
         save_features(Path(args.save_features), seen, listing, views, process, workers, args.patch_level)
         return True
     with process.alone():
-        print(f"{args.ckpt}, step {encoder.step:,}")
-        train = labelled(run.list_clips(args, process), "training")
-        test = labelled(data.list_clips(args.data, args.data_dir, "test"), "test")
-        if "protocol" not in encoder.method and protocol.column != "toy":
-            print(f"{args.ckpt} holds no protocol of its method; an older version of the code wrote it: the "
-                  "general one is taken (PROTOCOL in probe.py)")
-        views = choose_views(args, encoder, train, protocol)
-        if train.fold is None:
-            print(f"{data.describe(train)} (train)\n{data.describe(test)} (test)")
-        else:
-            print(f"{data.describe(train)} (tested fold by fold)")
-        tasks = list_tasks(protocol, train, test)
-        classes = check_classes(train, test)
-        if train.fold is None and (protocol.clips or protocol.test_clips):
-            first = tasks[0]
-            learnt = train.subset(union([first.inner, first.held]))
-            classes = check_classes(learnt, test.subset(first.outer))
-        warn_of_few_steps(protocol, len(tasks[0].inner))
+        train, test, views, tasks, classes = look_at_set(args, encoder, protocol, process)
     seen = RawInput(views.modality) if args.baseline == "raw" else encoder
     results = run_probe(args, protocol, views, seen, load, train, test, tasks, process, workers)
-    if results is None or not process.main:
-        return results is not None
-    seconds = time.time() - began
+    if results is not None and process.main:
+        write_rows(args, encoder, protocol, views, results, classes, round(time.time() - began, 1))
+    return results is not None
+
+
+def look_at_set(args, encoder, protocol, process):
+    """Say what there is of a set: (training clips, test clips, Views, Tasks, what check_classes returns)."""
+    print(f"{args.ckpt}, step {encoder.step:,}")
+    train = labelled(run.list_clips(args, process), "training")
+    test = labelled(data.list_clips(args.data, args.data_dir, "test"), "test")
+    if "protocol" not in encoder.method and protocol.column != "toy":
+        print(f"{args.ckpt} holds no protocol of its method; an older version of the code wrote it: the "
+              "general one is taken (PROTOCOL in probe.py)")
+    views = choose_views(args, encoder, train, protocol)
+    if train.fold is None:
+        print(f"{data.describe(train)} (train)\n{data.describe(test)} (test)")
+    else:
+        print(f"{data.describe(train)} (tested fold by fold)")
+    tasks = list_tasks(protocol, train, test)
+    classes = check_classes(train, test)
+    if train.fold is None and (protocol.clips or protocol.test_clips):
+        first = tasks[0]
+        learnt = train.subset(union([first.inner, first.held]))
+        classes = check_classes(learnt, test.subset(first.outer))
+    warn_of_few_steps(protocol, len(tasks[0].inner))
+    return train, test, views, tasks, classes
+
+
+def write_rows(args, encoder, protocol, views, results, classes, seconds):
+    """Each result on the screen, and as a row of probe.jsonl beside the checkpoint."""
     for (head, tested), result in results.items():
         print_result(args, protocol, views, head, tested, result)
         run.add_row(args.ckpt, "probe.jsonl", {
@@ -1018,16 +1034,12 @@ def probe_checkpoint(args, process, workers):
             **{name: getattr(protocol, name) for name in PROTOCOL if name not in OWN},
             "recipe": protocol.column,
             "version": run.code_version(),
-            "regularised_masking": protocol.regularised_masking,
-            "weighted": args.weighted,
-            "mixup": args.mixup,
-            "specaugment": args.specaugment,
+            **{name: getattr(args, name) for name in TUNING},
             "seeds": protocol.seeds,
             "ckpt": str(args.ckpt),
             "step": encoder.step,
-            "seconds": round(seconds, 1)})
+            "seconds": seconds})
     print(f"{seconds:.1f} s")
-    return True
 
 
 def show_classes(args, process):

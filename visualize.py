@@ -963,7 +963,8 @@ def map_clips(args, encoder, process, workers):
 # ----------------------------------------------------------------------------------------------------------
 
 SCORE = {"data", "probe", "head", "modality", "tested", "metric", "value"}  # what says what a probe measured
-SETTINGS = ("clips", "layers", "mix", "encoder", "regularised_masking")     # and how, if not as usual
+# and how, if not as usual
+SETTINGS = ("clips", "layers", "mix", "encoder", "regularised_masking", "weighted", "mixup", "specaugment")
 
 
 def scores(row):

@@ -159,9 +159,25 @@ def run(words, cwd, ranks=1):
     return done.returncode, done.stdout + done.stderr
 
 
+TUNE = "--steps 2 --batch-size 4 --lr 1e-3 --views 1"
+
+
+def tune(place, run_folder, tuned):
+    """A fine-tuning of a run, on the set that its folder's name says."""
+    name = tuned.split("-")[0]
+    train(place, run_folder)
+    flags = f"--ckpt {run_folder} --data {name} --data-dir {name}/ --probe finetune {TUNE} {SHRINK['probe.py']}"
+    code, shown = run([sys.executable, str(ROOT / "probe.py"), *flags.split()], place)
+    assert code == 0, shown[-2000:]
+
+
 def train(place, folder):
-    """A run of the method that the folder's name begins with, if there is none yet."""
+    """A run of the method that the folder's name begins with, if there is none yet; or a fine-tuning of one."""
     if (place / folder / "latest.pt").exists():
+        return
+    run_folder, found, tuned = folder.partition("/finetune-")
+    if found:
+        tune(place, run_folder, tuned)
         return
     script = next(s for s in METHODS if Path(folder).name.startswith(s.removesuffix(".py")))
     flags = f"--data folder --data-dir clips --out {folder} {TRAIN}".split()
@@ -194,8 +210,8 @@ def shrink(words, script):
     if script in METHODS and "--out" not in words:
         small.append("--fresh")
     if script == "probe.py" and ("attentive" in words or "finetune" in words):          # else a regression
-        small += ["--epochs", "1", "--batch-size", "4", "--lr", "1e-3"]
-    if script == "probe.py":
+        small += ["--steps", "2", "--batch-size", "4", "--lr", "1e-3"]
+    if script == "probe.py" and "--query" not in words:
         small += ["--views", "1"]
     return small
 

@@ -126,7 +126,8 @@ class Tuned(nn.Module):
         given = self.read(batch)
         share = 1.0
         if self.mixup:                                 # one share for sound, pictures and targets
-            rng = np.random.default_rng((self.seed, tick))
+            # a stream that neither the order nor a clip has: numpy fills a shorter key up with zeros
+            rng = np.random.default_rng((self.seed, tick, 0, 1))
             share = rng.beta(self.mixup, self.mixup)
             share = max(share, 1 - share)              # its other half mixes the same pairs
             places = self.tuning.views.places
@@ -231,7 +232,7 @@ def make_recipe(args, protocol, views, encoder, listing, batch, steps, seed):
     recipe.update(
         encoder=fingerprint(encoder.vit), size=encoder.config["size"], absent=encoder.vit.absent,
         layers=args.layers, mix=protocol.mix, modality=views.modality, seconds=views.inputs.seconds,
-        data=args.data, clips=len(listing), batch_size=batch, steps=steps, seed=seed,
+        places=views.places, data=args.data, clips=len(listing), batch_size=batch, steps=steps, seed=seed,
         weighted=args.weighted, mixup=args.mixup, specaugment=(bins, frames), **asdict(data.Augment()))
     return recipe
 
@@ -259,9 +260,9 @@ def tune(args, protocol, views, encoder, listing, batch, steps, seed, out):
     recipe = make_recipe(args, protocol, views, encoder, listing, batch, steps, seed)
     own = dict(seed=seed, out=str(out), resume="auto", online_probe=False, keep_every=None)
     run = Run(method, Namespace(**vars(args) | own), recipe, listing=listing)
-    if batch // args.accumulate < 2:
-        raise UserError(f"--accumulate {args.accumulate}: a micro-batch of {batch} clips has less than 2; "
-                        "lower it")
+    if run.batch // args.accumulate < 2:               # BatchNorm needs two, and so do the pairs of mixup
+        raise UserError(f"--batch-size {batch}: less than 2 clips for each of {run.world} processes x "
+                        f"{args.accumulate} micro-batches; raise it, or lower --accumulate")
     model = run.build(make_tuned, recipe, protocol, views, encoder, listing)
     for module in model.modules():
         if isinstance(module, common.Block):
@@ -302,7 +303,12 @@ def load_tuned(path, device="cpu"):
                         "finetune), and give the checkpoint that this writes")
     try:
         views = content["tuned"]["views"]
-        inputs = {name: data.Inputs(**views[name]) for name in ("inputs", "test_inputs")}
+        inputs = {}
+        for name in ("inputs", "test_inputs"):
+            wrong = common.check_inputs(views[name])
+            if wrong:
+                raise ValueError(wrong)
+            inputs[name] = data.Inputs(**views[name])
         tuning = Tuning(**{**content["tuned"], "views": Views(**{**views, **inputs})})
         encoder = common.load_encoder(path, device, layers=tuning.layers)
         heads = make_heads(tuning, encoder.dim)
@@ -324,9 +330,13 @@ def classify(path, file, process):
     encoder, heads, tuning = load_tuned(path, process.device)
     listing = data.make_listing(f"--query {file}", "", [str(file)], None, [])
     source = Decoded(encoder, listing, tuning.views, process, 0, tokens=True)
-    outputs = {}
-    for found in source.testing([0], tuning.views.tested, "clip"):
-        outputs.update(found)
+    outputs = None
+    try:
+        for found in source.testing([0], tuning.views.tested, "clip"):
+            outputs = found
+    except data.NoClip:                                # of a file that decodes a sentence follows
+        if outputs is None:
+            raise
     alone = [modality for modality in ("audio", "video") if modality in outputs]
     modality = alone[0] if len(alone) == 1 else tuning.views.modality
     if modality not in outputs:

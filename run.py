@@ -702,7 +702,7 @@ class Run:
     def say_world(self, model, before):
         """A line where a run that goes on with other processes than `before` is another one."""
         noisy = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        noisy += [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+        noisy += [m for m in model.modules() if type(m) is nn.BatchNorm1d]         # not heads.Standardise
         if before != self.world and noisy:
             self.say(f"going on with {self.world} processes where there were {before}: dropout and BatchNorm "
                      "are drawn and measured by each process, so this is another run from here")

@@ -26,9 +26,10 @@ class Begun(Exception):
 
 class BenchUntilBegin(bench.Bench):
     """A bench whose model, inputs, plan and masks are there, and which has not begun."""
-    def begin(self, model, optimizer, inputs, plan, draw=None, weigh=None):
+    def begin(self, model, optimizer, inputs, plan, draw=None, weigh=None, clip_inputs=None):
         self.unwrapped = model
         self.inputs = inputs
+        self.clip_inputs = clip_inputs or inputs
         self.plan = plan
         self.draw = draw
         self.weigh = weigh

@@ -90,8 +90,8 @@ def fit(kind, x, y, classes, lrs, epochs, batch=64, seed=0, **more):
     listing, source = planted(x, y, classes)
     protocol = made_protocol(kind, lrs, epochs=epochs, batch_size=batch, **more)
     inner, held = probe.divide(listing, np.arange(n), protocol, seed)
-    found = probe.fit_and_test(
-        protocol, (source, source), listing, listing, inner, held, np.arange(n, len(x)), ["audio"], seed)
+    task = probe.Task(seed, 0, inner, held, np.arange(n, len(x)))
+    found = probe.fit_and_test(protocol, (source, source), listing, listing, task, ["audio"])
     return found[kind, "audio"]
 
 
@@ -161,8 +161,8 @@ def test_a_head_never_trains_on_official_validation_clips():
         protocol = made_protocol("linear", lrs, epochs=30, batch_size=8)
         inner, held = probe.divide(listing, range(24), protocol, 0)
         assert held.tolist() == [7, 15, 23] and sorted([*inner, *held]) == list(range(24))
-        sources = (source, source)
-        found = probe.fit_and_test(protocol, sources, listing, listing, inner, held, inner, ["audio"], 0)
+        task = probe.Task(0, 0, inner, held, inner)
+        found = probe.fit_and_test(protocol, (source, source), listing, listing, task, ["audio"])
         assert found["linear", "audio"]["value"] == 100
 
 

@@ -16,6 +16,7 @@ import torch
 import common
 import data
 import features
+import finetune
 import heads as kinds
 import probe
 import run
@@ -88,6 +89,8 @@ def both(tmp_path_factory):
 
 def start(run_folder, name, folder, *more):
     words = ["--ckpt", run_folder, "--data", name, "--data-dir", folder, "--workers", 0, "--device", "cpu"]
+    if "finetune" in more and "--save-features" not in more:
+        words.append("--fresh")                             # that of another test lies beside the checkpoint
     probe.main([str(word) for word in (*words, *more)])
 
 
@@ -232,7 +235,7 @@ def test_a_clip_of_one_stream_trains_and_tests_with_the_other_at_zero_and_alone_
     assert "bad clip" not in shown and "audio alone, trained on av" in shown
 
 
-@pytest.mark.parametrize("flags", WAYS)
+@pytest.mark.parametrize("flags", WAYS[:-1])                # a fine-tuning takes another one in its place
 def test_a_clip_without_the_one_stream_that_is_asked_for_neither_trains_nor_tests(
         flags, both, half_silent, monkeypatch, capsys):
     losses = record(monkeypatch, kinds, "loss_of")
@@ -357,23 +360,27 @@ def test_decoding_anew_never_trains_on_validation_or_test_clips(more, ears, tone
 def test_each_fold_is_tested_only_on_itself_by_a_head_trained_on_the_others(kind, ears, tones, monkeypatch):
     folds = data.list_clips("folds", tones).fold
     calls = []
-    encoders = []
+    places = []
 
-    def stub(protocol, sources, train, test, inner, held, outer, tested, seed):
-        calls.append((seed, set(folds[union(inner, held)]), set(folds[outer])))
-        encoders.append(sources[0].encoder)
-        result = dict(metric="top-1", value=len(calls), classes=3, lr=0.1, held_out=None, N=len(outer))
+    def stub(*given):
+        task, = [x for x in given if isinstance(x, probe.Task)]
+        calls.append((task.seed, set(folds[union(task.inner, task.held)]), set(folds[task.outer])))
+        places.append(given[-1])
+        result = dict(metric="top-1", value=len(calls), classes=3, lr=0.1, held_out=None, N=len(task.outer))
         result["left_out"] = 0
         return {("it", "audio"): result}
 
     monkeypatch.setattr(probe, "fit_and_test", stub)
+    monkeypatch.setattr(probe, "tune_and_test", stub)
     monkeypatch.setattr(probe, "print_result", lambda *_: None)
     monkeypatch.setattr(probe, "choose_heads", lambda *_: ["it"])
     row = probed(ears, "folds", tones, *PAPER, "--probe", kind, "--seeds", 0, 5)
     once = [({1, 2}, {0}), ({0, 2}, {1}), ({0, 1}, {2})]
     assert calls == [(seed, *pair) for seed in (0, 5) for pair in once]
     assert (row["values"], row["value"], row["N"]) == ([2, 5], 3.5, 33)
-    assert len(set(map(id, encoders))) == (1 if kind == "linear" else 6)    # each fold trains another one
+    if kind == "finetune":                                  # each has a folder of its own
+        kept = [f"finetune-folds-audio/seed{seed}-fold{fold}" for seed in (0, 5) for fold in range(3)]
+        assert places == [ears / folder for folder in kept]
 
 
 def union(inner, held):
@@ -427,7 +434,7 @@ def test_the_score_of_a_clip_is_the_mean_over_its_views_and_crops(both, tmp_path
 
 def test_attention_without_own_scores_equals_a_slow_softmax_over_the_others():
     q, k, v = torch.randn(3, 2, 3, 5, 4)                    # each (B, heads, N, d)
-    mask = probe.bar_own_scores(2, 5, 0.5, "cpu")
+    mask = finetune.bar_own_scores(2, 5, 0.5, "cpu")
     out = common.Block(12, 3, 12).attend(q, k, v, mask)
     barred = ~mask[:, 0].diagonal(dim1=1, dim2=2)                                       # (B, N)
     assert barred.any() and not barred.all() and (mask | torch.eye(5, dtype=torch.bool)).all()
@@ -439,20 +446,10 @@ def test_attention_without_own_scores_equals_a_slow_softmax_over_the_others():
 
 
 def test_the_share_of_barred_tokens_is_met_and_a_token_alone_is_never_barred():
-    mask = probe.bar_own_scores(400, 50, 0.1, "cpu")
+    mask = finetune.bar_own_scores(400, 50, 0.1, "cpu")
     share = (~mask).float().sum().item() / 400 / 50
     assert share == pytest.approx(0.1, abs=5 * (0.1 * 0.9 / 400 / 50) ** 0.5)
-    assert probe.bar_own_scores(64, 1, 1.0, "cpu").all()
-
-
-def test_regularised_masking_is_for_training_only_and_has_a_finite_gradient(ears):
-    encoder = common.load_encoder(ears)
-    plain, barred = [probe.Tuned(encoder, share) for share in (0.0, 0.5)]
-    batch = {"audio": torch.randn(4, 1, *encoder.vit.shape["audio"])}
-    assert torch.equal(plain.eval()(**batch)[1], barred.eval()(**batch)[1])
-    assert not torch.allclose(plain.train()(**batch)[1], barred.train()(**batch)[1])
-    barred(**batch)[1].square().sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in barred.parameters() if p.grad is not None)
+    assert finetune.bar_own_scores(64, 1, 1.0, "cpu").all()
 
 
 def test_fine_tuning_takes_the_rates_of_the_method(ears, tones, monkeypatch):
@@ -558,7 +555,8 @@ def test_an_encoder_whose_weights_overflow_has_no_score_and_no_features(
     content = common.load_checkpoint(ears)
     content["model"]["target_encoder.blocks.1.fc1.weight"][:] = 3e38
     torch.save(content, "latest.pt")
-    sentence = r"\.wav: what the encoder says of this clip is no finite number; .* take another checkpoint"
+    of = "of an empty clip" if "finetune" in flags else "of this clip"
+    sentence = f"what the encoder says {of} is no finite number; .* take another checkpoint"
     fails(start, ".", "folder", tones, *flags.split(), match=sentence)
     assert [file.name for file in tmp_path.iterdir()] == ["latest.pt"]
 

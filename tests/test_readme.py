@@ -166,13 +166,13 @@ def tune(place, run_folder, tuned):
     """A fine-tuning of a run, on the set that its folder's name says."""
     name = tuned.split("-")[0]
     train(place, run_folder)
-    flags = f"--ckpt {run_folder} --data {name} --data-dir {name}/ --probe finetune {TUNE} {SHRINK['probe.py']}"
+    flags = f"--ckpt {run_folder} --data {name} --data-dir {name}/ --probe finetune --workers 0 {TUNE}"
     code, shown = run([sys.executable, str(ROOT / "probe.py"), *flags.split()], place)
     assert code == 0, shown[-2000:]
 
 
 def train(place, folder):
-    """A run of the method that the folder's name begins with, if there is none yet; or a fine-tuning of one."""
+    """A run of the method that the folder's name begins with, or a fine-tuning of one, if there is none."""
     if (place / folder / "latest.pt").exists():
         return
     run_folder, found, tuned = folder.partition("/finetune-")

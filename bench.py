@@ -247,7 +247,6 @@ class Bench(Run):
         flops = clips * self.flops()
         peak, words = self.peak(device)
         share = words if peak is None else f"{flops / seconds / peak / self.world:.0%} {words}"
-        tokens = [f"{self.encoders[0].num(m):,} {m}" for m in self.encoders[0].grids]
         trained = sum(p.numel() for p in self.unwrapped.parameters() if p.requires_grad)
         switches = {"bf16": self.process.bf16, "compile": self.args.compile,
                     "checkpoint-activations": self.args.checkpoint_activations}
@@ -255,7 +254,7 @@ class Bench(Run):
         found = {
             "device": f"{self.world} x {device}",
             "method": f"{self.method['title']}, {self.words()}, "
-                      f"ViT {self.recipe['size']}, {' + '.join(tokens)} tokens, {trained:,} parameters",
+                      f"ViT {self.recipe['size']}, {self.tokens()} tokens, {trained:,} parameters",
             "step": f"clips: {clips:,}, micro-batches: {self.args.accumulate}, {', '.join(words)}",
             "seconds a step": f"{median:.4g}, median of {len(timed)}: {min(timed):.4g} to {max(timed):.4g}",
             "clips/s": f"{clips / seconds:.4g}",
@@ -326,6 +325,9 @@ def bench_training(args, flags):
 
 
 def bench_tuning(args, flags):
+    for flag in ("--probe", "--query", "--save-features", "--out"):
+        if any(word.split("=")[0] == flag for word in flags):
+            raise UserError(f"{flag}: a bench of fine-tuning has none; leave it out")
     with patch.object(finetune, "Run", functools.partial(TuneBench, args.count)):
         with contextlib.suppress(Ended):
             probe.main(["--probe", "finetune", *flags])

@@ -474,8 +474,13 @@ def weight_decay_groups(module, weight_decay, everywhere=False):
 # 4. A checkpoint's encoder
 # ----------------------------------------------------------------------------------------------------------
 
-# of a checkpoint, beside its method and version
-KEYS = {"step", "args", "recipe", "inputs", "encoder", "projector", "cross", "model", "optimizer"}
+# A checkpoint holds (weights_only=True) its version, method (METHOD of the script), world (processes), steps,
+# the state of an online probe, of a fine-tuning `tuned` (what its heads are: finetune.Tuning), and:
+KEYS = {
+    "step", "args", "recipe",                          # steps done, flags, values of the recipe
+    "inputs",                                          # how a clip is prepared: data.Inputs
+    "encoder", "projector", "cross",                   # arguments of ViT, widths, widths by name
+    "model", "optimizer"}                              # weights by name, AdamW's moments
 
 
 def checkpoint_file(path):

@@ -67,7 +67,7 @@ def bar_own_scores(batch, tokens, share, device):
 
 def mix_pairs(x, share):
     """Mixup (Zhang et al., arXiv 1710.09412) of a batch (B, ...): each row at `share` with the row half a
-    batch away. So the pairs of a batch that is shared out over processes are those of the whole batch."""
+    batch away. So the pairs of a batch that is shared out evenly over processes are those of the whole."""
     return share * x + (1 - share) * x.roll(len(x) // 2, 0)
 
 
@@ -126,7 +126,7 @@ class Tuned(nn.Module):
         given = self.read(batch)
         share = 1.0
         if self.mixup:                                 # one share for sound, pictures and targets
-            # a stream that neither the order nor a clip has: numpy fills a shorter key up with zeros
+            # a stream of its own: (seed, step) is that of the order, (seed, epoch, clip) that of the views
             rng = np.random.default_rng((self.seed, tick, 0, 1))
             share = rng.beta(self.mixup, self.mixup)
             share = max(share, 1 - share)              # its other half mixes the same pairs
@@ -160,18 +160,28 @@ TRAINING = ("heads", "encoder_lr", "weight_decay", "warmup", "warmup_start", "lr
             "smoothing", "pos_weight", "regularised_masking", "train_starts", "train_crop")
 
 
-def fingerprint(module):
-    """A short name of a module's weights."""
+def fingerprint(parts):
+    """A short name of arrays, or of their bytes."""
     digest = hashlib.sha1()
-    for x in module.state_dict().values():
-        digest.update(x.cpu().contiguous().numpy().tobytes())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:12]
+
+
+def name_weights(module):
+    return fingerprint(x.cpu().contiguous().numpy() for x in module.state_dict().values())
+
+
+def name_clips(listing):
+    """How many clips, and what tells others, or the same with other labels or classes, apart."""
+    classes = "\n".join(listing.classes).encode()
+    return f"{len(listing)} ({fingerprint([listing.files, listing.labels, listing.offsets, classes])})"
 
 
 def clip_weights(listing):
     """How likely each clip is drawn (N,), in sum 1: the sum over its classes of 1 / the clips of the class
-    (AST, arXiv 2104.01778, Sec. 3.1 and its code's gen_weight_file; Audio-MAE does the same). A clip without
-    a class is never drawn."""
+    (AST, arXiv 2104.01778, Sec. 3.1 and its code's gen_weight_file, with replacement; Audio-MAE has the same
+    weights, and draws without). A clip without a class is never drawn."""
     counts = np.bincount(listing.labels, minlength=len(listing.classes))
     summed = np.concatenate([[0.0], np.cumsum(1 / counts[listing.labels])])
     weights = np.diff(summed[listing.offsets])
@@ -230,9 +240,10 @@ def make_recipe(args, protocol, views, encoder, listing, batch, steps, seed):
         common.check_range("--specaugment T", frames, 0, views.inputs.mel_frames)
     recipe = {name: getattr(protocol, name) for name in TRAINING}
     recipe.update(
-        encoder=fingerprint(encoder.vit), size=encoder.config["size"], absent=encoder.vit.absent,
+        encoder=name_weights(encoder.vit), size=encoder.config["size"], absent=encoder.vit.absent,
         layers=args.layers, mix=protocol.mix, modality=views.modality, seconds=views.inputs.seconds,
-        places=views.places, data=args.data, clips=len(listing), batch_size=batch, steps=steps, seed=seed,
+        places=views.places, data=args.data, clips=name_clips(listing), batch_size=batch, steps=steps,
+        seed=seed,
         weighted=args.weighted, mixup=args.mixup, specaugment=(bins, frames), **asdict(data.Augment()))
     return recipe
 
@@ -254,7 +265,7 @@ def make_tuned(recipe, protocol, views, encoder, listing):
 
 def tune(args, protocol, views, encoder, listing, batch, steps, seed, out):
     """Train a FrozenEncoder's weights and the heads of a protocol on the clips of a listing, in the folder
-    `out`, or go on there; whether it was done before a signal came. args: of probe.py."""
+    `out`, or go on there: the Tuned, or None where a signal came. args: of probe.py."""
     method = {**encoder.method, "name": "probe", "weights": "encoder"}      # probe.py goes on with it
     method["title"] = encoder.method["title"].removesuffix(", fine-tuned") + ", fine-tuned"
     recipe = make_recipe(args, protocol, views, encoder, listing, batch, steps, seed)
@@ -263,6 +274,9 @@ def tune(args, protocol, views, encoder, listing, batch, steps, seed, out):
     if run.batch // args.accumulate < 2:               # BatchNorm needs two, and so do the pairs of mixup
         raise UserError(f"--batch-size {batch}: less than 2 clips for each of {run.world} processes x "
                         f"{args.accumulate} micro-batches; raise it, or lower --accumulate")
+    if args.mixup and run.world > 1 and run.batch // args.accumulate % 2:
+        raise UserError(f"--mixup: a micro-batch of {run.batch // args.accumulate} clips cannot be paired as "
+                        "in one process; give a --batch-size that leaves each an even number")
     model = run.build(make_tuned, recipe, protocol, views, encoder, listing)
     for module in model.modules():
         if isinstance(module, common.Block):
@@ -287,7 +301,7 @@ def tune(args, protocol, views, encoder, listing, batch, steps, seed, out):
         run.save(step)
     run.finish()
     torch.set_num_threads(run.threads)
-    return not run.process.any(run.stopped or run.stop)
+    return None if run.process.any(run.stopped or run.stop) else model.eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -326,7 +340,7 @@ def classify(path, file, process):
     """What the heads of a checkpoint say of a file: ({head: (C,) probabilities}, classes). A file with one
     stream alone is judged by it."""
     if not Path(file).is_file():
-        raise UserError(f"--query {file}: there is no such file")
+        raise UserError(f"--query {file}: there is no such file; give a sound or a video")
     encoder, heads, tuning = load_tuned(path, process.device)
     listing = data.make_listing(f"--query {file}", "", [str(file)], None, [])
     source = Decoded(encoder, listing, tuning.views, process, 0, tokens=True)
@@ -334,9 +348,9 @@ def classify(path, file, process):
     try:
         for found in source.testing([0], tuning.views.tested, "clip"):
             outputs = found
-    except data.NoClip:                                # of a file that decodes a sentence follows
+    except data.NoClip:                                # of a file that decodes another sentence follows
         if outputs is None:
-            raise
+            raise UserError(f"--query {file}: cannot be read as a sound or a video; give another") from None
     alone = [modality for modality in ("audio", "video") if modality in outputs]
     modality = alone[0] if len(alone) == 1 else tuning.views.modality
     if modality not in outputs:

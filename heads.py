@@ -82,9 +82,8 @@ class Standardise(nn.BatchNorm1d):
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1 or not self.training:
             return super().forward(x)
-        both = torch.stack([x.mean(0), x.square().mean(0)])                     # (2, D)
-        mean, square = all_reduce(both) / world                                 # with the gradient of all
-        var = square - mean.square()
+        mean = all_reduce(x.mean(0)) / world                    # (D,), with the gradient of all processes
+        var = all_reduce((x - mean).square().mean(0)) / world
         with torch.no_grad():
             count = world * len(x)
             self.running_mean.lerp_(mean, self.momentum)

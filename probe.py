@@ -172,9 +172,10 @@ def choose_protocol(args, encoder):
         mix=len(args.layers) if args.mix else 0)
 
 
-def schedule(protocol, clips):
-    """(batch, steps) of so many training clips."""
+def schedule(protocol, clips, parts=1):
+    """(batch, steps) of so many training clips; the batch can be shared out in so many parts."""
     batch = min(protocol.batch_size, clips, max(2, int(protocol.batch_share * clips)))
+    batch = max(parts, batch - batch % parts)
     return batch, protocol.steps or max(1, protocol.epochs * (clips // batch), protocol.least_steps)
 
 
@@ -528,14 +529,22 @@ def test_heads(protocol, heads, chosen, source, train, outer, tested):
 
 
 def tune_and_test(args, protocol, views, load, train, test, task, tested, process, workers, out):
-    """fit_and_test of an encoder that learns with its heads, in the folder `out`; None where a signal came.
-    What is tested is what the checkpoint holds."""
+    """fit_and_test of an encoder that learns with its heads, in the folder `out`; None where a signal
+    came."""
     listing = train.subset(task.inner)
-    batch, steps = schedule(protocol, len(listing))
-    if not finetune.tune(args, protocol, views, load(), listing, batch, steps, task.seed, out):
+    parts = process.world * args.accumulate if args.batch_size is None else 1
+    batch, steps = schedule(protocol, len(listing), parts)
+    encoder = load()
+    tuned = finetune.tune(args, protocol, views, encoder, listing, batch, steps, task.seed, out)
+    if tuned is None:
         return None
-    encoder, heads, _ = finetune.load_tuned(out, process.device)
-    heads = list(heads.values())
+    with torch.compiler.set_stance("force_eager"):     # each length of a test batch would compile anew
+        return test_tuned(protocol, views, encoder, tuned, train, test, task, tested, process, workers)
+
+
+def test_tuned(protocol, views, encoder, tuned, train, test, task, tested, process, workers):
+    """Test the heads of a Tuned, which has trained the encoder."""
+    heads = list(tuned.heads.values())
     held_out = [None] * len(heads)
     if task.held is not None:
         source = Decoded(encoder, train, views, process, workers, True)
@@ -548,7 +557,7 @@ def tune_and_test(args, protocol, views, load, train, test, task, tested, proces
     for (lr,), value in zip(protocol.heads.values(), held_out):
         chosen.append({"lr": lr, "held_out": value})
     source = Decoded(encoder, test, views, process, workers, True)
-    return test_heads(protocol, heads, chosen, source, listing, task.outer, tested)
+    return test_heads(protocol, heads, chosen, source, train.subset(task.inner), task.outer, tested)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -905,9 +914,10 @@ def make_parser():
         help="fine-tuning: share of the tokens that may not attend with their own score (paper of A-JEPA: "
         "0.1)")
     add_method("--weighted", action="store_true",
-        help="fine-tuning: draw clips by the inverse frequency of their classes (AST, Audio-MAE)")
+        help="fine-tuning: draw clips by the inverse frequency of their classes, with replacement (AST)")
     add_method("--mixup", type=float, default=0.0, metavar="ALPHA",
-        help="fine-tuning: mix the clips of a batch in pairs, each with a share from Beta(ALPHA, ALPHA)")
+        help="fine-tuning: mix the clips of a micro-batch in pairs, all at one share from Beta(ALPHA, "
+        "ALPHA); the log's top-1 is then of mixed clips")
     add_method("--specaugment", type=int, nargs=2, metavar=("F", "T"),
         help="fine-tuning: hide a band of up to F mel bins and one of up to T frames of each view of sound; "
         "default: none")
@@ -929,7 +939,7 @@ def get_args(argv=None):
         raise UserError("--baseline raw has no tokens, no layers and nothing to train; use --probe linear "
                         "without --layers, --mix, --patch-level")
     check_needs(parser, args)
-    if args.mix and len(args.layers or ()) < 2:
+    if args.mix and len(set(args.layers or ())) < 2:
         raise UserError("--mix averages blocks; give --layers with at least two, such as --layers 1 3")
     if args.probe == "finetune" and len(args.lr or ()) > 1:
         raise UserError("--lr: fine-tuning takes one learning rate")

@@ -764,15 +764,20 @@ class Run:
         if self.process.main:
             tell(line)
 
+    def tokens(self):
+        """How many tokens of a clip the encoder is given, in words."""
+        encoder = self.encoders[0]
+        given = [m for m in encoder.grids if self.recipe.get("modality") in (None, "av", m)]
+        return " + ".join(f"{encoder.num(m):,} {m}" for m in given)
+
     def say_what(self):
         """What is trained, on how many clips, and where it goes."""
         recipe = self.recipe
-        tokens = [f"{self.encoders[0].num(m):,} {m}" for m in self.encoders[0].grids]
         trained = sum(p.numel() for p in self.unwrapped.parameters() if p.requires_grad)
         teacher = " and a teacher" if len(self.encoders) > 1 else ""
         bf16 = " bf16" if self.process.bf16 else ""
         self.say(self.described)
-        self.say(f"{self.method['title']}, ViT {recipe['size']}, {' + '.join(tokens)} tokens, {trained:,} "
+        self.say(f"{self.method['title']}, ViT {recipe['size']}, {self.tokens()} tokens, {trained:,} "
                  f"parameters{teacher}, {self.total:,} steps of {recipe['batch_size']} clips, "
                  f"{self.world} x {self.device.type}{bf16} -> {self.out}")
         if self.start:

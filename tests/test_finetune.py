@@ -210,7 +210,8 @@ def standardise(rows):
     norm = kinds.Standardise(6)
     found = []
     for seed in (0, 1):
-        x = (3 * random(12, 6, seed=seed) + torch.arange(6.0))[rows].requires_grad_()
+        # the means of the features from 0 to 50 times their std
+        x = (3 * random(12, 6, seed=seed) + 30 * torch.arange(6.0))[rows].requires_grad_()
         y = norm(x)
         (y * random(12, 6, seed=5)[rows]).sum().backward()
         found += [y.detach(), x.grad]
@@ -282,7 +283,7 @@ def test_two_processes_are_one_on_the_joined_batch_in_loss_gradient_and_weights(
 def test_standardise_in_two_processes_is_the_library_s_batch_norm_on_the_joined_batch(ranks):
     library = nn.BatchNorm1d(6, affine=False)
     for seed in (0, 1):
-        x = (3 * random(12, 6, seed=seed) + torch.arange(6.0)).requires_grad_()
+        x = (3 * random(12, 6, seed=seed) + 30 * torch.arange(6.0)).requires_grad_()
         y = library(x)
         (y * random(12, 6, seed=5)).sum().backward()
         for rank, of_rank in enumerate(ranks[1]):
@@ -409,7 +410,7 @@ def test_a_finished_run_is_only_tested_again(whole, ears, tones, monkeypatch):
     ("--encoder-lr 1e-4", "encoder_lr 1e-05"), ("--head attentive", "heads .*attentive"),
     ("--batch-size 4", "batch_size 8"), ("--steps 3", r"steps 4 \(now 3\)"), ("--absent zero", "absent drop"),
     ("--layers 1", r"layers None \(now \[1\]\)"), ("--baseline untrained", "encoder "),
-    ("--seconds 1", r"seconds 2.0 \(now 1"), ("--clips 12", r"clips 24 \(now 12\)")])
+    ("--seconds 1", r"seconds 2.0 \(now 1"), ("--clips 12", r"clips 24 \(\w+\) \(now 12")])
 def test_a_run_with_other_flags_is_refused_and_nothing_is_written_over(more, sentence, whole, ears, tones):
     folder, _ = whole
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -417,6 +418,31 @@ def test_a_run_with_other_flags_is_refused_and_nothing_is_written_over(more, sen
     said = fails(tune, ears, tones, folder.parent, *flags, match=f"the run there has .*{sentence}")
     assert said.endswith("give another --out, or --fresh to start over")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_the_same_clips_with_other_labels_or_classes_are_another_set(ears, tones, tmp_path):
+    """Else a run of other labels would be tested as if it had learned these, and training clips could be."""
+    folder = shutil.copytree(tones, tmp_path / "set")
+    flags = (ears, folder, tmp_path / "out", "--steps", 2, "--batch-size", 8)
+    tune(*flags)
+    before = (tmp_path / "out" / "seed0" / "latest.pt").read_bytes()
+    for split in ("train", "test"):                     # the same files, two classes exchanged
+        (folder / split / "high").rename(folder / split / "x")
+        (folder / split / "low").rename(folder / split / "high")
+        (folder / split / "x").rename(folder / split / "low")
+    (folder / "train" / "low" / "0.wav").rename(folder / "train" / "low" / "10.wav")
+    fails(tune, *flags, match=r"the run there has clips 24 \(\w+\) \(now 24 \(\w+\)\)")
+    assert (tmp_path / "out" / "seed0" / "latest.pt").read_bytes() == before
+    listing = data.list_clips("folder", tones)
+    other = data.make_listing("x", "", listing.files, [[i % 3] for i in range(24)], listing.classes)
+    names = {finetune.name_clips(one) for one in (listing, other, data.list_clips("folder", folder))}
+    assert len(names) == 3
+
+
+def test_a_batch_that_nobody_asked_for_is_one_that_the_processes_can_share():
+    protocol = Namespace(batch_size=64, batch_share=1.0, steps=None, epochs=2, least_steps=0)
+    assert probe.schedule(protocol, 27) == (27, 2) and probe.schedule(protocol, 27, 2) == (26, 2)
+    assert probe.schedule(protocol, 1000, 24) == (48, 40) and probe.schedule(protocol, 5, 8) == (8, 1)
 
 
 def test_what_is_stopped_in_its_second_seed_does_not_train_the_first_one_again(
@@ -916,7 +942,7 @@ def test_a_file_with_one_stream_is_judged_by_it_as_in_the_test_with_one_alone(av
 @pytest.mark.parametrize("which, file, more, sentence", [
     ("LEARNT", "nowhere.wav", "", "--query nowhere.wav: there is no such file"),
     ("LEARNT", ".", "", r"--query \.: there is no such file"),
-    ("LEARNT", "BROKEN", "", "broken.wav: no readable clip among 1"),
+    ("LEARNT", "BROKEN", "", "broken.wav: cannot be read as a sound or a video"),
     ("LEARNT", "SILENT", "", "silent.mp4: has no audio, by which this checkpoint tells classes apart"),
     ("EARS", "GOOD", "", "holds an encoder that knows no classes; fine-tune it first"),
     ("nowhere", "GOOD", "", "there is no such checkpoint"),

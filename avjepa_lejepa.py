@@ -20,6 +20,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import functools
+import math
 
 import common
 import data
@@ -89,6 +90,11 @@ RECIPE = {
     "keep":         (1.0,         0.25,           "share of the video tokens that training runs: all"),
     # differs (toy): LeAVJEPA's
     "absent":       ("zero",      "drop",         "page: absent modality at zero, all tokens run"),
+    # of --local masked; LeAVJEPA: the code of the authors' next version (arXiv 2610.06226)
+    "hide_video":   (0.8,         0.8,            "LeAVJEPA: area of the picture, a block in all frames"),
+    # differs: uniform, theirs is its logarithm
+    "block_aspect": ((0.61, 1.65), (0.61, 1.65),  "LeAVJEPA: width over height, e^-.5 to e^.5"),
+    "hide_audio":   (0.5,         0.5,            "LeAVJEPA: SpecAugment's two bands, each at most"),
     "dropout":      (0.1,         0.0,            "code: embeddings, attention, outputs (Block)"),
     "eps":          (1e-5,        1e-6,           "code: LayerNorms of the blocks"),
     "projector":    ((2048, 2048, 128), (512, 512, 16), "code: BatchNorm and GELU between the layers"),
@@ -118,9 +124,10 @@ def get_args(argv=None):
     add("--keep", type=float, metavar="SHARE",
         help="of the video tokens of each view that training runs, drawn anew (LeVJEPA; default: the "
         "recipe's)")
-    add("--local", choices=("modality", "dropout", "joint", "none"), default="modality",
+    locals_ = ("modality", "dropout", "masked", "joint", "audio-only", "none")
+    add("--local", choices=locals_, default="modality",
         help="local views: one audio-only and one video-only (paper), each loses one or none at random, "
-        "both keep both, or no local views")
+        "both keep both but lack parts of them, both keep both, both are audio-only, or no local views")
     add("--frames", type=int, help="video frames of a view (default: the recipe's)")
     add("--mel-mean", type=float,
         help="of the mel in dB over the data; see data.py --stats (default: the authors', by data set)")
@@ -145,7 +152,7 @@ def get_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Views: a local view lacks a modality; no masks, unless --keep leaves tokens of the video out
+# Views and masks: a local view lacks a modality; tokens are left out by --keep and in --local masked alone
 # ----------------------------------------------------------------------------------------------------------
 
 def plan_views(rng, duration, seconds, local):
@@ -163,23 +170,64 @@ def plan_views(rng, duration, seconds, local):
     elif local == "dropout":
         for lost in rng.integers(4, size=2).tolist():  # code: a quarter lose the video, a quarter the sound
             views.append(view("random", video=lost != 0, audio=lost != 1))
-    elif local == "joint":
+    elif local in ("joint", "masked"):
         views.append(view("random"))
         views.append(view("random"))
+    elif local == "audio-only":
+        # differs: their row of that name (LeAVJEPA) has no picture in the global views either
+        views.append(view(None, video=False))
+        views.append(view(None, video=False))
     return views
 
 
 def draw_kept(seed, step, places, views, tokens, keep):
-    """Which of a video's tokens run in each view: [{"v": (kept (B, views, K), left out (B, views, N - K))}],
-    N = tokens. A pure function of (seed, step, place). places: of the clips in the step's batch over all
-    processes."""
+    """Which of a video's tokens run in each view: (kept (B, views, K), left out (B, views, N - K)), N =
+    tokens. A pure function of (seed, step, place)."""
     count = max(1, round(keep * tokens))
     orders = []
     for place in places:
         rng = np.random.default_rng((seed, step, place))
         orders.append(rng.permuted(np.tile(np.arange(tokens), (views, 1)), axis=1))
-    kept, left = torch.from_numpy(np.stack(orders)).split((count, tokens - count), 2)
-    return [{"v": (kept, left)}]
+    return torch.from_numpy(np.stack(orders)).split((count, tokens - count), 2)
+
+
+def draw_hidden(seed, step, places, grids, recipe):
+    """Which tokens of the two masked local views, the video's first, are not hidden, and which are: (B, 2,
+    K), (B, 2, N - K). Of the picture a block is hidden, the same in all frames, of the mel a band of bins and
+    one of frames. A pure function of (seed, step, place)."""
+    # differs: theirs have another size in each view; here those of a step have one and run together, and the
+    # bands are of whole patches, so that their tokens can be dropped
+    frames, *picture = grids["video"]
+    mel = grids["audio"]
+    own = np.random.default_rng((seed, step, 0, 1))    # the step's own; the clips count from 1
+    block = common.block_size(own, picture, 2 * (recipe["hide_video"],), recipe["block_aspect"])
+    height, width = (round(own.uniform(0, recipe["hide_audio"]) * side) for side in mel)
+    hidden = []
+    for place in places:
+        rng = np.random.default_rng((seed, step, 1 + place, 1))
+        for _ in range(2):
+            tube = np.tile(common.random_block(rng, picture, block), (frames, 1, 1))
+            if recipe["absent"] == "drop":             # of what is not hidden --keep runs a share
+                count = max(1, round(recipe["keep"] * (~tube).sum()))
+                tube = common.meet_count(rng, tube, tube.size - count)
+            bands = common.random_block(rng, mel, (height, mel[1]))
+            bands |= common.random_block(rng, mel, (mel[0], width))
+            hidden.append(np.concatenate([tube.flatten(), bands.flatten()]))
+    stay, hidden = common.split_mask(np.stack(hidden))                          # (2B, K), (2B, N - K)
+    return stay.unflatten(0, (-1, 2)), hidden.unflatten(0, (-1, 2))
+
+
+def draw_visible(seed, step, places, grids, recipe):
+    """Which tokens run: [{"v": of draw_kept, where --keep is below 1; "local": of draw_hidden, in --local
+    masked}]. places: of the clips in the step's batch over all processes; grids: {"video": (T, H, W),
+    "audio": (F, T)}."""
+    masks = {}
+    if recipe["keep"] < 1:
+        views = 2 if recipe["local"] == "none" else 4
+        masks["v"] = draw_kept(seed, step, places, views, math.prod(grids["video"]), recipe["keep"])
+    if recipe["local"] == "masked":
+        masks["local"] = draw_hidden(seed, step, places, grids, recipe)
+    return [masks]
 
 
 def make_inputs(recipe):
@@ -231,21 +279,40 @@ class AVJEPA(nn.Module):
         sound = torch.arange(first, first + sounds, device=kept.device)
         return torch.cat([kept, sound.expand(len(kept), -1)], 1)
 
-    def embed(self, video, audio, present, kept=None):
+    def hide(self, video, audio, visible, stay):
+        """Of masked views, stay (b, K): the tokens that are not hidden -> (tokens (b, N, D) or None, the
+        places of those that run) for the encoder. Hidden is what is absent: its input at zero, or no
+        tokens."""
+        if self.encoder.absent == "drop":
+            return None, stay
+        tokens = self.encoder.embed(video, audio)                               # (b, N, D)
+        zeros = self.encoder.embed(torch.zeros_like(video[:1]), torch.zeros_like(audio[:1]))    # (1, N, D)
+        shown = torch.zeros_like(tokens[..., :1], dtype=torch.bool).scatter(1, stay.unsqueeze(-1), True)
+        return torch.where(shown, tokens, zeros), visible
+
+    def embed(self, video, audio, present, masks):
         """CLS of each view. video (sum of the views that have it, 3, T, H, W), audio (the same, 1, F, T),
-        present (B, V, 2), kept (B, V, K) -> (B, V, D). Views with the same modalities run together."""
-        has = present.flatten(0, 1).cpu()                                       # (B V, 2)
+        present (B, V, 2), masks: a set of draw_visible -> (B, V, D). Views with the same modalities run
+        together, masked ones apart."""
+        masked = torch.zeros_like(present[..., :1])
+        masked[:, 2:] = "local" in masks
+        has = torch.cat([present, masked], 2).flatten(0, 1).cpu()               # (B V, 3)
         place = has.cumsum(0) - 1                      # a view's row in video and in audio
         rows = []
         cls = []
-        for v, a in ((True, True), (False, True), (True, False)):
-            group = ((has[:, 0] == v) & (has[:, 1] == a)).nonzero().squeeze(1)
+        for v, a, hides in ((1, 1, 0), (0, 1, 0), (1, 0, 0), (1, 1, 1)):
+            group = (has == torch.tensor([v, a, hides])).all(1).nonzero().squeeze(1)
             if len(group):
                 given_video = video[place[group, 0]] if v else None
                 given_audio = audio[place[group, 1]] if a else None
-                of_group = None if kept is None else kept.flatten(0, 1)[group]
+                kept = masks["v"][0].flatten(0, 1)[group] if "v" in masks else None
+                visible = self.visible(kept, v, a)
+                tokens = None
+                if hides:
+                    stay = masks["local"][0].flatten(0, 1)
+                    tokens, visible = self.hide(given_video, given_audio, visible, stay)
                 rows.append(group)
-                cls.append(self.encoder(given_video, given_audio, self.visible(of_group, v, a))[:, 0])
+                cls.append(self.encoder(given_video, given_audio, visible, tokens=tokens)[:, 0])
         order = torch.cat(rows).argsort()
         return torch.cat(cls)[order].unflatten(0, present.shape[:2])
 
@@ -254,11 +321,10 @@ class AVJEPA(nn.Module):
         return self.projector(h.flatten(0, 1)).unflatten(0, h.shape[:2])
 
     def forward(self, batch, masks, weight, tick):
-        """A batch of data.collate, its masks of draw_kept or None, its weight in the mean over the step ->
-        (loss, what the log shows)."""
+        """A batch of data.collate, its masks of draw_visible, its weight in the mean over the step -> (loss,
+        what the log shows)."""
         # 1 context: all views through the one encoder
-        kept = None if masks is None else masks[0]["v"][0]                      # (B, V, K)
-        h = self.embed(batch.get("video"), batch.get("audio"), batch["present"], kept)      # (B, V, D)
+        h = self.embed(batch.get("video"), batch.get("audio"), batch["present"], masks[0])  # (B, V, D)
         # 2 target: none, LeJEPA has no teacher; the loss pulls to the mean of the global views, with gradient
         # 3 predict: none; the projector, once on the globals and once on the locals
         z = [self.project(part) for part in (h[:, :2], h[:, 2:]) if part.shape[1]]
@@ -272,8 +338,9 @@ class AVJEPA(nn.Module):
         # the online probe's: of one random view, under dropout, so lower than the probe at the end
         clip = h.detach().float()
         shown["clip/av"] = clip[:, 0]                                           # (B, D)
-        if self.local == "modality":                   # what else a local view has differs from clip to clip
+        if self.local in ("modality", "audio-only"):   # what else a local view has differs from clip to clip
             shown["clip/audio"] = clip[:, 2]
+        if self.local == "modality":
             shown["clip/video"] = clip[:, 3]
         return loss, shown
 
@@ -322,10 +389,9 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups)
     run.resume(model, optimizer)
     plan = functools.partial(plan_views, seconds=recipe["seconds"], local=args.local)
-    views = 2 if args.local == "none" else 4
-    draw = functools.partial(draw_kept, args.seed, places=run.places, views=views,
-                             tokens=model.encoder.num("video"), keep=recipe["keep"])
-    run.begin(model, optimizer, inputs, plan, draw if recipe["keep"] < 1 else None)
+    draw = functools.partial(draw_visible, args.seed, places=run.places, grids=model.encoder.grids,
+                             recipe=recipe)
+    run.begin(model, optimizer, inputs, plan, draw)
     for step in run.steps():
         lr = learning_rate(step, recipe)
         set_lr(optimizer, lr)

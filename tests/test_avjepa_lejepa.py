@@ -1,6 +1,7 @@
 """AV-JEPA (LeJEPA): its views, the embedding of each, its loss, its recipe and its learning rate."""
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import common
 import run
 from avjepa_lejepa import AVJEPA, plan_views
 from common import UserError, sigreg
-from slow import random, recipe_of, single_steps, train
+from conftest import ROOT, command
+from slow import is_uniform, maps, placements, random, recipe_of, single_steps, train
 
 BOTH = (True, True)                                     # what a view has: (video, audio)
 SOUND = (False, True)
@@ -46,14 +48,15 @@ def batch_of(patterns):
     return batch
 
 
-def embed(model, batch):
-    return model.embed(batch.get("video"), batch.get("audio"), batch["present"])
+def embed(model, batch, masks=()):
+    return model.embed(batch.get("video"), batch.get("audio"), batch["present"], dict(masks))
 
 
 # ---- views ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("local, kinds", [
-    ("none", [()]), ("modality", [(SOUND, PICTURE)]), ("joint", [(BOTH, BOTH)]),
+    ("none", [()]), ("modality", [(SOUND, PICTURE)]), ("joint", [(BOTH, BOTH)]), ("masked", [(BOTH, BOTH)]),
+    ("audio-only", [(SOUND, SOUND)]),
     ("dropout", list(itertools.product((SOUND, PICTURE, BOTH, BOTH), repeat=2)))])     # half keep both
 def test_two_views_have_both_modalities_and_the_local_ones_those_of_their_kind(local, kinds):
     seen = []
@@ -92,8 +95,7 @@ def test_the_embedding_of_each_view_stands_at_its_place(patterns, absent):
 
 @pytest.mark.parametrize("keep, count", [(0.01, 1), (0.25, 2), (0.3, 2), (0.32, 3), (0.99, 8)])
 def test_of_each_view_another_random_share_of_the_video_s_tokens_is_kept_by_the_clip_s_place(keep, count):
-    (masks,) = avjepa_lejepa.draw_kept(0, 5, range(100), 4, 8, keep)
-    kept, left = masks["v"]
+    kept, left = avjepa_lejepa.draw_kept(0, 5, range(100), 4, 8, keep)
     assert kept.shape == (100, 4, count) and left.shape == (100, 4, 8 - count)
     assert torch.equal(torch.cat([kept, left], 2).sort(2).values, torch.arange(8).expand(100, 4, 8))
     often = kept.flatten().bincount(minlength=8)                                # each as often as any other
@@ -101,10 +103,10 @@ def test_of_each_view_another_random_share_of_the_video_s_tokens_is_kept_by_the_
     assert (often - 400 * share).abs().max() <= 4.5 * math.sqrt(400 * share * (1 - share))
     if count < 8:
         assert len(kept.sort(2).values.flatten(0, 1).unique(dim=0)) == math.comb(8, count)
-    (alone,) = avjepa_lejepa.draw_kept(0, 5, [7, 98], 4, 8, keep)
-    assert torch.equal(alone["v"][0], kept[[7, 98]])
-    (later,) = avjepa_lejepa.draw_kept(0, 6, range(100), 4, 8, keep)
-    assert not torch.equal(later["v"][0], kept)
+    alone, _ = avjepa_lejepa.draw_kept(0, 5, [7, 98], 4, 8, keep)
+    assert torch.equal(alone, kept[[7, 98]])
+    later, _ = avjepa_lejepa.draw_kept(0, 6, range(100), 4, 8, keep)
+    assert not torch.equal(later, kept)
 
 
 @pytest.mark.parametrize("absent", ["zero", "drop"])
@@ -112,9 +114,9 @@ def test_the_embedding_of_a_view_is_that_of_its_kept_tokens_and_of_all_of_its_so
     """Against the encoder on the tokens of one view after the other."""
     model = small_model(absent=absent).eval()
     batch = batch_of(3 * [MODALITY])
-    (masks,) = avjepa_lejepa.draw_kept(0, 0, range(3), 4, 8, 0.5)
+    masks = {"v": avjepa_lejepa.draw_kept(0, 0, range(3), 4, 8, 0.5)}
     kept, _ = masks["v"]                                                        # (3, 4, 4)
-    h = model.embed(batch["video"], batch["audio"], batch["present"], kept)
+    h = embed(model, batch, masks)
     videos = iter(batch["video"])
     sounds = iter(batch["audio"])
     for b, v in np.ndindex(3, 4):
@@ -126,6 +128,140 @@ def test_the_embedding_of_a_view_is_that_of_its_kept_tokens_and_of_all_of_its_so
         chosen = tokens[:, kept[b, v]] if pictures else tokens[:, :0]
         tokens = torch.cat([chosen, tokens[:, pictures:]], 1)
         torch.testing.assert_close(h[b, v], model.encoder(tokens=tokens)[0, 0], atol=1e-5, rtol=1e-4)
+
+
+# ---- masked local views --------------------------------------------------------------------------------
+
+GRIDS = {"paper": {"video": (8, 14, 14), "audio": (8, 50)}, "toy": {"video": (4, 3, 3), "audio": (2, 6)}}
+
+
+def masked_recipe(**values):
+    return recipe_of(avjepa_lejepa, "--local", "masked") | values
+
+
+def span(line):
+    """How many of a row of bools are True; they must be in one piece."""
+    places = np.flatnonzero(line)
+    assert len(places) == 0 or len(places) == places[-1] - places[0] + 1
+    return len(places)
+
+
+@pytest.mark.parametrize("absent", ["zero", "drop"])
+@pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS)
+def test_a_masked_view_lacks_a_block_through_all_frames_and_a_band_of_bins_and_one_of_frames(grids, absent):
+    """The block has .8 of the picture, as near as a whole side allows; the bands are as wide as a uniform
+    draw up to half of the mel's sides, to the next whole patch, the same for all views of a step."""
+    frames, *picture = grids["video"]
+    sides = []
+    bands = []
+    for step in range(300):
+        recipe = masked_recipe(absent=absent)
+        stay, hidden = avjepa_lejepa.draw_hidden(0, step, range(2), grids, recipe)
+        both = torch.cat([stay, hidden], 2).sort(2).values                      # (2, 2, N)
+        tokens = frames * math.prod(picture) + math.prod(grids["audio"])
+        assert torch.equal(both, torch.arange(tokens).expand(2, 2, -1))
+        found = maps(hidden.flatten(0, 1), grids)
+        of_step = set()
+        for tube, mel in zip(found["video"], found["audio"]):
+            height = span(tube[0].any(1))
+            width = span(tube[0].any(0))
+            assert (tube == tube[0]).all() and tube[0].sum() == height * width < math.prod(picture)
+            assert abs(height * width - 0.8 * math.prod(picture)) <= max(height, width) / 2
+            bins = mel.all(1)
+            columns = mel.all(0)
+            assert np.array_equal(mel, bins[:, None] | columns)
+            of_step.add((height, width, span(bins), span(columns)))
+        (size,) = of_step
+        sides.append(size[:2])
+        bands.append(size[2:])
+    assert {height > width for height, width in sides} == {True, False}
+    for lengths, side in zip(np.transpose(bands), grids["audio"]):
+        most = side // 2                               # its ends come half as often
+        assert set(lengths) == set(range(most + 1))
+        inside = lengths[(lengths > 0) & (lengths < most)]
+        if len(inside):
+            spread = np.random.default_rng(0).uniform(-0.5, 0.5, len(inside))   # undoes the rounding
+            assert is_uniform(inside + spread, 0.5, most - 0.5)
+
+
+def test_what_is_masked_is_a_function_of_seed_step_and_place_so_any_number_of_ranks_draw_the_same():
+    draw = avjepa_lejepa.draw_hidden
+    grids = GRIDS["paper"]
+    recipe = masked_recipe(absent="drop", keep=0.25)
+    whole = draw(3, 5, range(6), grids, recipe)
+    for places in ([0, 2, 4], [1, 3, 5], [4]):
+        for alone, x in zip(draw(3, 5, places, grids, recipe), whole):
+            assert torch.equal(alone, x[places])
+    views = set(map(tuple, whole[0].flatten(0, 1).tolist()))
+    for seed, step in ((4, 5), (3, 6)):
+        views |= set(map(tuple, draw(seed, step, range(6), grids, recipe)[0].flatten(0, 1).tolist()))
+    assert len(views) == 3 * 6 * 2
+
+
+@pytest.mark.parametrize("keep, count", [(0.01, 1), (0.25, 3), (1.0, 12)])
+def test_where_tokens_are_dropped_keep_is_a_share_of_those_that_are_not_hidden(keep, count):
+    """Of a toy's view 6 of 9 places are hidden in 4 frames, 12 tokens are left."""
+    blocks = np.concatenate([placements((3, 3), (2, 3)), placements((3, 3), (3, 2))])
+    often = np.zeros(36)
+    for step in range(200):
+        recipe = masked_recipe(absent="drop", keep=keep)
+        masks, = avjepa_lejepa.draw_visible(0, step, range(2), GRIDS["toy"], recipe)
+        stay = masks["local"][0].flatten(0, 1)
+        for view in maps(stay, GRIDS["toy"])["video"]:
+            assert view.sum() == count
+            assert not (blocks & view.any(0)).any((1, 2)).all()                 # one block is empty
+            often += view.flatten()
+    # every block of six lies on the middle
+    assert np.array_equal(often.reshape(4, 9) == 0, np.tile(np.arange(9) == 4, (4, 1)))
+
+
+def zeroed(x, hidden, patch):
+    """One clip (C, *input) with zeros in the patches where hidden (*grid) is True."""
+    x = x.clone()
+    for place in np.argwhere(hidden):
+        window = [slice(p * side, (p + 1) * side) for p, side in zip(place, patch)]
+        x[(slice(None), *window)] = 0
+    return x
+
+
+@pytest.mark.parametrize("absent", ["zero", "drop"])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_masked_view_is_embedded_with_zeros_in_its_hidden_patches_or_without_their_tokens(absent, keep):
+    """Against the encoder on one view after the other: its input zeroed by hand, or its tokens chosen."""
+    model = small_model(absent=absent, local="masked").eval()
+    encoder = model.encoder
+    batch = batch_of(3 * [4 * [BOTH]])
+    recipe = masked_recipe(absent=absent, keep=keep, hide_video=0.5)            # 2 of its 2 x 2 places
+    for step in range(4):
+        masks, = avjepa_lejepa.draw_visible(0, step, range(3), encoder.grids, recipe)
+        h = embed(model, batch, masks)
+        stay, hidden = masks["local"]
+        found = maps(hidden.flatten(0, 1), encoder.grids)
+        for b, v in np.ndindex(3, 4):
+            video = batch["video"][4 * b + v]
+            audio = batch["audio"][4 * b + v]
+            chosen = torch.arange(18)                                           # 8 and 10 tokens
+            if keep < 1:
+                chosen = torch.cat([masks["v"][0][b, v], chosen[8:]])
+            if v >= 2 and absent == "zero":
+                video = zeroed(video, found["video"][2 * b + v - 2], VIDEO["patch"])
+                audio = zeroed(audio, found["audio"][2 * b + v - 2], AUDIO["patch"])
+            if v >= 2 and absent == "drop":
+                chosen = stay[b, v - 2]
+            tokens = encoder.embed(video[None], audio[None])[:, chosen]
+            torch.testing.assert_close(h[b, v], encoder(tokens=tokens)[0, 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flags", ["--local masked", "--local masked --absent zero --keep 1",
+                                   "--local audio-only"])
+def test_a_few_steps_with_other_local_views_by_a_command(toy, tmp_path, flags):
+    where = f"--data folder --data-dir {toy}/train --out {tmp_path} --device cpu --workers 0 --log-every 1"
+    more = f"--recipe toy --size nano --batch-size 4 --steps 2 {flags}"
+    done = command([sys.executable, str(ROOT / "avjepa_lejepa.py"), *where.split(), *more.split()], tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = run.read_log(tmp_path)
+    assert len(rows) == 2 and all(np.isfinite(list(row.values())).all() for row in rows)
+    assert common.load_checkpoint(tmp_path)["recipe"]["local"] == flags.split()[1]
 
 
 # ---- loss ----------------------------------------------------------------------------------------------
@@ -147,7 +283,7 @@ def test_the_loss_is_the_weighted_sum_of_the_invariance_and_the_mean_sigreg_of_t
     from them those of the local ones."""
     model = small_model(lam)
     batch = batch_of([views] * 6)
-    loss, shown = model(batch, None, 0.5, 3)
+    loss, shown = model(batch, [{}], 0.5, 3)
     h = embed(model, batch)                                                     # (B, V, D)
     z = []
     for first in range(0, len(views), 2):
@@ -168,13 +304,15 @@ def test_the_loss_is_the_weighted_sum_of_the_invariance_and_the_mean_sigreg_of_t
 def test_the_online_probe_is_shown_cls_of_the_first_view_and_of_those_with_one_modality():
     batch = batch_of(4 * [MODALITY])
     model = small_model(local="modality")
-    shown = model(batch, None, 1.0, 0)[1]
+    shown = model(batch, [{}], 1.0, 0)[1]
     video, audio = (batch[m].unflatten(0, (4, 3)) for m in ("video", "audio"))      # of those that have it
     expected = dict(av=model.encoder(video[:, 0], audio[:, 0]), audio=model.encoder(None, audio[:, 2]),
                     video=model.encoder(video[:, 2]))
     for name, x in expected.items():
         torch.testing.assert_close(shown[f"clip/{name}"], x[:, 0].detach(), atol=1e-5, rtol=1e-4)
-    shown = small_model(local="dropout")(batch, None, 1.0, 0)[1]       # where the ranks would differ
+    shown = small_model(local="audio-only")(batch_of(4 * [(BOTH, BOTH, SOUND, SOUND)]), [{}], 1.0, 0)[1]
+    assert {name for name in shown if name.startswith("clip/")} == {"clip/av", "clip/audio"}
+    shown = small_model(local="dropout")(batch, [{}], 1.0, 0)[1]       # where the ranks would differ
     assert {name for name in shown if name.startswith("clip/")} == {"clip/av"}
 
 
@@ -185,7 +323,7 @@ def test_without_sigreg_the_embeddings_collapse_and_with_it_they_do_not():
         batch = batch_of([MODALITY] * 8)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
         for step in range(40):
-            loss, shown = model(batch, None, 1.0, step)
+            loss, shown = model(batch, [{}], 1.0, step)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

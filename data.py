@@ -32,12 +32,12 @@ from datasets.augment import AUGMENT, CHANGES, Augment  # noqa: F401
 from datasets.batches import Batches, NoClip, Troubles, eval_batches, eval_loader, train_loader  # noqa: F401
 from datasets.check import check, mel_stats
 from datasets.collectors import picture, pixel_aspect  # noqa: F401
-from datasets.files import MEDIA, name_of  # noqa: F401
+from datasets.files import MEDIA, few, name_of  # noqa: F401
 from datasets.folder import list_folder
 from datasets.inputs import IMAGENET_MEAN, IMAGENET_STD, Inputs, LogMel  # noqa: F401
 from datasets.inputs import crop_transform, normalize_video  # noqa: F401
 from datasets.kinetics import KINETICS_LISTS, list_kinetics
-from datasets.listing import Listing, describe, join, make_listing, read_columns  # noqa: F401
+from datasets.listing import Listing, describe, join, make_listing, read_rows  # noqa: F401
 from datasets.made import write_clip  # noqa: F401
 from datasets.prepare import prepare
 from datasets.reader import ClipError, find_streams, open_clip, read_clip, time_stretch  # noqa: F401

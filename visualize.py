@@ -5,11 +5,12 @@ and the curves of its runs, with what probes and retrieval found at their steps.
     python visualize.py attention --ckpt RUN --data toy           # how often the peak is what sounds
     python visualize.py pca --ckpt RUN --data vggsound --data-dir vggsound/ --classes "dog barking" airplane
     python visualize.py map --ckpt RUN --data folder --data-dir clips/ --pairs      # t-SNE and PCA, and a csv
+    python visualize.py map --ckpt RUN RUN2 --data SET --data-dir FOLDER --split all --classes families.csv
     python visualize.py curves runs/ajepa-toy-seed0 runs/ajepa-toy-seed1
 
-Any checkpoint of ours will do, as far as it takes what is to be drawn. Files go into the run's folder, or
-into --out; numbers into a row of visualize.jsonl there. Attention, PCA and map are those of AV-JEPA's page
-(its last three sections).
+Any checkpoint of ours will do, as far as it takes what is to be drawn; several stand side by side, with the
+same clips. Files go into the first run's folder, or into --out; numbers into rows of visualize.jsonl there.
+Attention, PCA and map are those of AV-JEPA's page (its last three sections).
 """
 import signal
 
@@ -49,28 +50,33 @@ MARKERS = "osD^v<>PX*ph"
 LONGEST = 300                                           # seconds of a clip whose attention is drawn
 
 
-def title(encoder, args, what):
-    """What each figure says of itself: method, what is drawn of which data, checkpoint and step."""
-    state = "untrained" if args.untrained else f"step {encoder.step:,}"
-    return f"{encoder.method['title']}: {what}\n{args.ckpt}, {state}"
+def captions(encoders, args):
+    """What stands above the column of each encoder: its method, checkpoint and step."""
+    found = []
+    for encoder in encoders:
+        state = "untrained" if args.untrained else f"step {encoder.step:,}"
+        found.append(f"{encoder.method['title']}, {encoder.ckpt}, {state}")
+    return found
 
 
-def make_figure(width, height, heading):
-    """A figure of this size in inches, its title in lines that fit."""
-    fig = Figure(figsize=(width, height), layout="constrained")
-    lines = [textwrap.fill(line, int(11 * width)) for line in heading.split("\n")]
+def make_figure(encoders, args, width, height, heading):
+    """(a figure that says what is drawn of which data, its columns: one for each encoder, of this width in
+    inches)."""
+    whole = len(encoders) * width
+    fig = Figure(figsize=(whole, height), layout="constrained")
+    lines = [textwrap.fill(line, int(11 * whole)) for line in heading.split("\n")]
     fig.suptitle("\n".join(lines), fontsize=10)
-    return fig
+    columns = np.atleast_1d(fig.subfigures(1, len(encoders)))
+    for column, label in zip(columns, captions(encoders, args)):
+        column.suptitle(textwrap.fill(label, int(11 * width)), fontsize=9)
+    return fig, columns
 
 
 def folder_of(args):
-    """The folder for the files: --out, which is made, or the run's."""
-    if args.out:
-        folder = Path(args.out)
-    elif Path(args.ckpt).is_dir():
-        folder = Path(args.ckpt)
-    else:
-        folder = Path(args.ckpt).parent
+    """The folder for the files: --out, which is made, or the first run's."""
+    folder = Path(args.out or args.ckpt[0])
+    if not args.out and not folder.is_dir():
+        folder = folder.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -91,14 +97,16 @@ def save(args, name, fig):
 
 
 def variant(args):
-    """What a file's name says of the encoder, if it is not the one that the method evaluates."""
+    """What a file's name says of the encoders, if it is not the one that the method evaluates."""
     name = f"-{args.encoder}" if args.encoder else ""
-    return f"{name}-untrained" if args.untrained else name
+    if args.untrained:
+        name += "-untrained"
+    return f"{name}-of-{len(args.ckpt)}" if len(args.ckpt) > 1 else name
 
 
-def add_row(args, row):
+def add_row(args, encoder, row):
     """A row of visualize.jsonl beside the figures."""
-    row.update(encoder=args.encoder, version=run.code_version(), ckpt=str(args.ckpt))
+    row.update(step=encoder.step, encoder=args.encoder, version=run.code_version(), ckpt=str(encoder.ckpt))
     run.add_row(folder_of(args), "visualize.jsonl", row)
 
 
@@ -235,10 +243,10 @@ def outline_loud(ax, mel, extent):
     ax.contour(columns, bins, mel, levels=[loud], colors="tab:orange", linewidths=0.5)
 
 
-def draw_attention(encoder, views, spans, number, maps, heading):
-    """The figure of view `number`: its pictures and its mel in the first row; below, a row for each of
-    maps [(name, audio -> video attention (V, T, H, W), video -> audio attention (V, F, T))], the pictures
-    lit by it, and it with the outline of what is loud."""
+def draw_attention(fig, encoder, views, spans, number, maps):
+    """View `number` in its part of the figure: its pictures and its mel in the first row; below, a row for
+    each of maps [(name, audio -> video attention (V, T, H, W), video -> audio attention (V, F, T))], the
+    pictures lit by it, and it with the outline of what is loud."""
     vit = encoder.vit
     inputs = data.Inputs(**encoder.inputs)
     sound, (start, seconds) = spans[number]
@@ -248,7 +256,6 @@ def draw_attention(encoder, views, spans, number, maps, heading):
     frames = picture_of(views["video"][number])[shown]                          # (moments, H, W, 3)
     times = start + (shown + 0.5) * seconds / inputs.frames
 
-    fig = make_figure(2 * len(moments) + 5, 2.9 + 2.1 * len(maps), heading)
     widths = [1] * len(moments) + [2]
     axes = fig.subplots(len(maps) + 1, len(widths), squeeze=False, width_ratios=widths)
     for ax, frame, second in zip(axes[0], frames, times):
@@ -268,7 +275,6 @@ def draw_attention(encoder, views, spans, number, maps, heading):
     for ax in axes[:, -1]:
         mel_axes(ax, inputs, mel.shape[1], sound)
     axes[-1, -1].set_xlabel("seconds", fontsize=8)
-    return fig
 
 
 def text_image(text, width):
@@ -338,10 +344,11 @@ class Film:
         self.container.mux(self.sound.encode(None))
 
 
-def write_film(path, file, moments, maps, crop, text):
+def write_film(path, file, maps, text):
     """The clip `path` as an mp4 with its sound, into an open file: the picture, and beside it the picture
-    lit by each of the maps, which move with it. moments (M,): seconds, increasing; maps [(M, H, W)] in 0..1
-    at these; crop: the side of the square in the middle that they cover, as a share of the short side."""
+    lit by each of the maps [(moments (M,), heat (M, H, W), crop)], which move with it. moments: seconds,
+    increasing; heat in 0..1 at these; crop: the side of the square in the middle that it covers, as a share
+    of the short side."""
     look = "{l_bar}{bar}| {n:.1f}/{total:.1f} s [{elapsed}]"
     reformatter = av.video.reformatter.VideoReformatter()
     with data.open_clip(path) as clip, av.open(file, "w", format="mp4") as container:
@@ -353,7 +360,7 @@ def write_film(path, file, moments, maps, crop, text):
             if stream.type == "audio":
                 film.add_sound(frame, now)
                 continue
-            tiles = lit_tiles(frame, now, moments, maps, crop, reformatter, aspect)
+            tiles = lit_tiles(frame, now, maps, reformatter, aspect)
             film.add_picture(np.concatenate(tiles, 1), now)
             bar.update(max(0, min(now, bar.total) - bar.n))
         bar.close()
@@ -367,7 +374,7 @@ def at_time(maps, moments, now):
     return np.reshape(values, maps.shape[1:])
 
 
-def lit_tiles(frame, now, moments, maps, crop, reformatter, aspect=1.0):
+def lit_tiles(frame, now, maps, reformatter, aspect=1.0):
     """A decoded frame, and the same lit by each of the maps at its time: a list of (H, W, 3) uint8 of even
     sides. As write_film; aspect: of a pixel."""
     small = min(frame.width * aspect, frame.height)
@@ -378,12 +385,12 @@ def lit_tiles(frame, now, moments, maps, crop, reformatter, aspect=1.0):
     height = image.shape[0] // 2 * 2
     width = image.shape[1] // 2 * 2
     image = image[:height, :width]
-    side = round(min(height, width) * crop)
-    top = (height - side) // 2
-    left = (width - side) // 2
-    square = slice(top, top + side), slice(left, left + side)
     tiles = [image]
-    for heat in maps:
+    for moments, heat, crop in maps:
+        side = round(min(height, width) * crop)
+        top = (height - side) // 2
+        left = (width - side) // 2
+        square = slice(top, top + side), slice(left, left + side)
         tile = light(image, np.zeros((1, 1)))           # dark outside of what the encoder saw
         tile[square] = light(image[square], at_time(heat, moments, now))
         tiles.append(tile)
@@ -409,54 +416,63 @@ def attend(encoder, views, args, process):
     return [(f"head {h}", seen[:, h], heard[:, h]) for h in range(seen.shape[1])]
 
 
-def film_attention(args, encoder, spans, maps, film, text):
-    """Write the film of a clip."""
+def film_maps(encoder, spans, maps):
+    """The maps of all views of a clip one after the other, as write_film takes them."""
     inputs = data.Inputs(**encoder.inputs)
     length = encoder.vit.grids["video"][0]
     moments = []                                        # seconds, the middles of the tubelets of each view
     for _, (start, seconds) in spans:
         moments += [start + (k + 0.5) * seconds / length for k in range(length)]
     order = np.argsort(moments, kind="stable")          # the last two views may overlap
-    heats = []                                          # each (M, H, W)
-    for _, seen, _ in maps:
-        heat = seen.reshape(-1, *seen.shape[2:])
-        heats.append(heat[order] / seen.max())
     moments = np.array(moments)[order]
-    crop = inputs.size / inputs.resize
-    try:
-        run.replace_file(film, lambda file: write_film(args.clip, file, moments, heats, crop, text))
-    except (av.error.FFmpegError, OSError, ValueError) as e:
-        raise UserError(f"{film}: the film could not be made ({e})") from None
+    found = []
+    for _, seen, _ in maps:
+        heat = seen.reshape(-1, *seen.shape[2:])                                # (M, H, W)
+        found.append((moments, heat[order] / seen.max(), inputs.size / inputs.resize))
+    return found
 
 
-def attention_of_clip(args, encoder, process):
+def attention_of_clip(args, encoders, process):
     """attention --clip: the picture of the clip's middle view, and the film of all of it."""
     clip = Path(args.clip)
     if not data.is_clip(clip):
         raise UserError(f"--clip {clip}: there is no such file")
-    views, spans = whole_clip(clip, data.Inputs(**encoder.inputs))
-    for key, lack in (("video", "picture"), ("audio", "sound")):
-        if key not in views:
-            raise UserError(f"--clip {clip}: has no {lack}, so there is no attention between the two; "
-                            "give a clip that has both")
-    maps = attend(encoder, views, args, process)
-    block = args.layer % len(encoder.vit.blocks)
+    seen = []                                           # of each encoder: its views, their spans, its maps
+    for encoder in encoders:
+        views, spans = whole_clip(clip, data.Inputs(**encoder.inputs))
+        for key, lack in (("video", "picture"), ("audio", "sound")):
+            if key not in views:
+                raise UserError(f"--clip {clip}: has no {lack}, so there is no attention between the two; "
+                                "give a clip that has both")
+        seen.append((views, spans, attend(encoder, views, args, process)))
     name = f"attention-{clip.stem}"
     if args.layer != -1:
-        name += f"-block{block}"
+        name += f"-block{args.layer}"
     if args.heads == "each":
         name += "-heads"
     name += variant(args)
 
-    what = f"attention in block {block} of the sound to the pictures"
-    heading = title(encoder, args, f"{what} (bright: much; cross: the most) and\n"
-                    f"of the pictures to the sound (bright: much; outlined: what is loud), {clip.name}")
-    fig = draw_attention(encoder, views, spans, len(spans) // 2, maps, heading)
+    block = "the last block" if args.layer == -1 else f"block {args.layer}"
+    what = f"attention in {block} of the sound to the pictures"
+    heading = (f"{what} (bright: much; cross: the most) and\n"
+               f"of the pictures to the sound (bright: much; outlined: what is loud), {clip.name}")
+    frames = max(len(shown_frames(encoder.vit)[0]) for encoder in encoders)
+    rows = max(len(maps) for _, _, maps in seen)
+    fig, columns = make_figure(encoders, args, 2 * frames + 5, 2.9 + 2.1 * rows, heading)
+    for column, encoder, (views, spans, maps) in zip(columns, encoders, seen):
+        draw_attention(column, encoder, views, spans, len(spans) // 2, maps)
     print(save(args, name, fig))
 
     heads = "each head" if args.heads == "each" else "mean of heads"
+    text = "\n".join([f"{what}, {heads}: {clip.name}", *captions(encoders, args)])
+    lit = []
+    for encoder, (_, spans, maps) in zip(encoders, seen):
+        lit += film_maps(encoder, spans, maps)
     film = folder_of(args) / f"{name}.mp4"
-    film_attention(args, encoder, spans, maps, film, title(encoder, args, f"{what}, {heads}: {clip.name}"))
+    try:
+        run.replace_file(film, lambda file: write_film(args.clip, file, lit, text))
+    except (av.error.FFmpegError, OSError, ValueError) as e:
+        raise UserError(f"{film}: the film could not be made ({e})") from None
     print(film)
 
 
@@ -560,7 +576,7 @@ def attention_on_toy(args, trained, process, workers):
     random patch."""
     began = time.time()
     vit = trained.vit
-    encoders = {"trained": trained, "untrained": load(args, process, untrained=True)}
+    encoders = {"trained": trained, "untrained": load(args, trained.ckpt, process, untrained=True)}
     maps, index = toy_maps(args, encoders, process, workers)
     sounding, silent = toy_targets(vit, data.Inputs(**trained.inputs), index)
     two = int(silent.any((1, 2, 3)).sum())
@@ -571,6 +587,7 @@ def attention_on_toy(args, trained, process, workers):
 
     block = args.layer % len(vit.blocks)
     moments, height, width = vit.grids["video"]
+    print(f"{trained.ckpt}, step {trained.step:,}")
     print("the peak of the sound's attention to the pictures lies on the object: percent of "
           f"{moments} moments of {len(index)} held-out\nclips, {two} of them with a second, silent object; "
           f"block {block}, mean of heads, {height} x {width} patches")
@@ -579,8 +596,8 @@ def attention_on_toy(args, trained, process, workers):
         print(f"{name:14s}" + "".join(f"{value:18.1f}" for value in row.values()))
     for name, values in heads.items():
         print(f"sounding, by each head, {name}: " + "  ".join(f"{value:.1f}" for value in values))
-    add_row(args, {"what": "attention", "data": "toy", "layer": block, "percent": table, "heads": heads,
-        "N": len(index), "of two": two, "grid": list(vit.grids["video"]), "step": trained.step,
+    add_row(args, trained, {"what": "attention", "data": "toy", "layer": block, "percent": table,
+        "heads": heads, "N": len(index), "of two": two, "grid": list(vit.grids["video"]),
         "seconds": round(time.time() - began, 1)})
 
 
@@ -674,7 +691,7 @@ def draw_pca_audio(axes, encoder, x, layers, labels):
 
 def draw_pca_class(block, encoder, key, name, clips, count):
     """A class in its block of the figure: a column for each of its clips [(input, tokens)], room for
-    `count`."""
+    `count`. Returns the shares of the variance (3,)."""
     inputs = data.Inputs(**encoder.inputs)
     y, share = principal(torch.cat([tokens for _, tokens in clips]).numpy())
     percents = ", ".join(f"{100 * s:.0f} %" for s in share)
@@ -698,19 +715,24 @@ def draw_pca_class(block, encoder, key, name, clips, count):
         axes[-1, n].set_xlabel(seconds, fontsize=8)
     for ax, label in zip(axes[:, 0], ("input", "components\n1, 2, 3 as RGB", "component 1")):
         ax.set_ylabel(f"{label}\nHz" if key == "audio" else label, fontsize=8)
+    return share
 
 
-def draw_pca(encoder, key, clips, heading):
-    """The figure of one modality. clips: {class: [(input (1, ...), tokens (N, D))]}; a basis for each
-    class. Of each clip its input, the top three components as red, green and blue, and the first one in
-    grey."""
-    count = max(map(len, clips.values()))
-    column = 4.6 if key == "video" else 3.6
-    fig = make_figure(max(7, 0.6 + column * count), 0.8 + 3.5 * len(clips), heading)
-    blocks = np.atleast_1d(fig.subfigures(len(clips), 1))
-    for block, name in zip(blocks, clips):
-        draw_pca_class(block, encoder, key, name, clips[name], count)
-    return fig
+def draw_pca(args, encoders, key, clips, what):
+    """(The figure of one modality, shares of the variance of each encoder {class: [3]}). clips: of each
+    encoder {class: [(input (1, ...), tokens (N, D))]}; a basis for each class. Of each clip its input, the
+    top three components as red, green and blue, and the first one in grey."""
+    classes = list(clips[0])
+    count = max(map(len, clips[0].values()))
+    width = 4.6 if key == "video" else 3.6
+    fig, columns = make_figure(encoders, args, max(7, 0.6 + width * count), 0.8 + 3.5 * len(classes), what)
+    shares = []
+    for column, encoder, mine in zip(columns, encoders, clips):
+        blocks = np.atleast_1d(column.subfigures(len(classes), 1))
+        shares.append({})
+        for block, name in zip(blocks, classes):
+            shares[-1][name] = draw_pca_class(block, encoder, key, name, mine[name], count).tolist()
+    return fig, shares
 
 
 def encode_tokens(encoder, listing, inputs, modality, process, workers):
@@ -727,10 +749,28 @@ def encode_tokens(encoder, listing, inputs, modality, process, workers):
     return found
 
 
-def pca(args, encoder, process, workers):
+def choose_modality(args, encoders):
+    """The Inputs of each encoder in the one modality of all, which goes into args."""
+    chosen = []
+    for encoder in encoders:
+        chosen.append(features.choose_modality(
+            args.modality, encoder.vit, data.Inputs(**encoder.inputs), encoder.method, args.data))
+    modalities = list(dict.fromkeys(modality for modality, _ in chosen))
+    if len(modalities) > 1:
+        raise UserError(f"--ckpt: these encoders take {' or '.join(modalities)}; give a --modality that all "
+                        "of them take")
+    args.modality, = modalities
+    return [inputs for _, inputs in chosen]
+
+
+def in_all(found):
+    """The clips that each encoder could read, of {clip: what it made of it} for each."""
+    return sorted(set(found[0]).intersection(*found[1:]))
+
+
+def pca(args, encoders, process, workers):
     """visualize.py pca: a figure for each modality."""
-    args.modality, inputs = features.choose_modality(
-        args.modality, encoder.vit, data.Inputs(**encoder.inputs), encoder.method, args.data)
+    inputs = choose_modality(args, encoders)
     keys = features.MODALITIES[args.modality]
     listing = data.list_clips(args.data, args.data_dir, "test")
     classes = choose_clips(listing, args.classes, args.clips, args.seed)
@@ -738,54 +778,72 @@ def pca(args, encoder, process, workers):
     for indices in classes.values():
         drawn.update(indices.tolist())
     drawn = sorted(drawn)
-    found = encode_tokens(encoder, listing.subset(drawn), inputs, args.modality, process, workers)
-    found = {drawn[i]: clip for i, clip in found.items()}
+    found = []
+    for encoder, its in zip(encoders, inputs):
+        tokens = encode_tokens(encoder, listing.subset(drawn), its, args.modality, process, workers)
+        found.append({drawn[i]: clip for i, clip in tokens.items()})
+    there = set(in_all(found))
     for name, indices in classes.items():
-        if found.keys().isdisjoint(indices):
+        if there.isdisjoint(indices):
             raise UserError(f"--classes {name}: none of the {len(indices)} clips drawn has all of "
                             f"{', '.join(keys)}; give another --seed or --modality")
     for key in keys:
-        clips = {}
-        for name, indices in classes.items():
-            clips[name] = [found[i][key] for i in indices if i in found]
+        clips = [{} for _ in encoders]
+        for mine, tokens in zip(clips, found):
+            for name, indices in classes.items():
+                mine[name] = [tokens[i][key] for i in indices if i in there]
         what = f"{key} tokens, seen and heard together" if len(keys) == 2 else f"{key} tokens"
         name = f"pca-{args.data}-{key}" if len(keys) == 2 else f"pca-{args.data}-{key}-alone"
         what = f"{args.data}, PCA of the last layer's {what}, one basis for each class"
-        fig = draw_pca(encoder, key, clips, title(encoder, args, what))
+        fig, shares = draw_pca(args, encoders, key, clips, what)
         print(save(args, name + variant(args), fig))
+        for encoder, variance in zip(encoders, shares):
+            add_row(args, encoder, {"what": "pca", "data": args.data, "modality": args.modality,
+                "tokens": key, "untrained": args.untrained, "variance": variance, "seed": args.seed})
 
 
 # ----------------------------------------------------------------------------------------------------------
 # A map of the clips
 # ----------------------------------------------------------------------------------------------------------
 
-def read_groups(path, classes):
-    """{class: group} of a csv with the columns class and group. Raises UserError where it names a class
-    that is none."""
-    groups = dict(data.read_columns(Path(path), "class", "group"))
-    for name in groups:
-        if name not in classes:
-            raise UserError(f"--groups {path}: the set has no class {name!r}; give its classes by their "
-                            "names")
-    return groups
+def read_families(path, classes):
+    """{class: family} of the csv of --classes, of the classes that the set has; says which it lacks."""
+    if not os.path.isfile(path):
+        raise UserError(f"--classes {path}: there is no such file; give a csv of family,class")
+    families = {}
+    for row in data.read_rows(path):
+        family, *name = [field.strip() for field in row]
+        if not family or len(name) != 1 or not name[0]:
+            raise UserError(f"--classes {path}: {data.few([', '.join(row)])} is not family,class; put a name "
+                            "with a comma into quotes")
+        if families.setdefault(name[0], family) != family:
+            raise UserError(f"--classes {path}: has {data.few(name)} in two families; give it one")
+    lacking = [name for name in families if name not in classes]
+    if len(lacking) == len(families):
+        raise UserError(f"--classes {path}: the set has none of its classes: {data.few(lacking)}; spell "
+                        "them as the set does")
+    if lacking:
+        print(f"--classes {path}: the set lacks {data.few(lacking, len(lacking))}")
+    return {name: family for name, family in families.items() if name not in lacking}
 
 
 def group_clips(listing, path):
-    """(names of the groups, group of each clip (N,), -1: not to be drawn): its class (of several the
-    rarest), or the group of its class by the csv at `path` (of several that it names the rarest); all are
-    one where there are no classes."""
+    """(names of the groups, group of each clip (N,), its class (N,); -1: not to be drawn): a group is a class
+    (of a clip's several the rarest), or the family of it by the csv at `path` (of several that it names the
+    rarest); all are one where there are no classes."""
     if listing.labels is None:
         if path:
-            raise UserError("--groups: these clips have no classes; put them into one sub-folder for each "
+            raise UserError("--classes: these clips have no classes; put them into one sub-folder for each "
                             "class")
-        return [""], np.zeros(len(listing), int)
+        return [""], np.zeros(len(listing), int), np.zeros(len(listing), int)
     groups = {name: name for name in listing.classes}
     if path:
-        groups = read_groups(path, listing.classes)
+        groups = read_families(path, listing.classes)
     names = list(dict.fromkeys(groups.values()))
     of_class = [names.index(groups[name]) if name in groups else -1 for name in listing.classes]
     of_class = np.array(of_class + [-1])                # [-1]: of a clip without a label
-    return names, of_class[retrieval.rarest(listing, np.flatnonzero(of_class[:-1] >= 0))]
+    label = retrieval.rarest(listing, np.flatnonzero(of_class[:-1] >= 0))
+    return names, of_class[label], label
 
 
 def neighbours(x, labels, count=10):
@@ -801,26 +859,30 @@ def neighbours(x, labels, count=10):
     return 100 * same.gather(1, closest).float().mean().item(), 100 * chance.item()
 
 
-def draw_map(planes, groups, names, hollow, lines, heading):
-    """Planes {name: (axis labels, (N, 2))} side by side; groups (N,): a colour and a marker for each of
-    names, not filled where hollow (N,); lines: pairs of points that are joined."""
-    fig = make_figure(6.2 * len(planes), 6 + 0.25 * math.ceil(len(names) / 6), heading)
-    axes = fig.subplots(1, len(planes))
+def draw_map(fig, columns, maps, groups, names, hollow, lines):
+    """Planes {name: (axis labels, (N, 2))} of each encoder in its column, of several to the same scale;
+    groups (N,): a colour and a marker for each of names, not filled where hollow (N,); lines: pairs of points
+    that are joined."""
+    shape = (2, 1) if len(maps) > 1 else (1, 2)
     colors = matplotlib.colormaps["tab10"].colors
     styles = [(colors[g % 10], MARKERS[g % len(MARKERS)]) for g in range(len(names))]
     if len(names) > 60:                                 # no two of 60 are the same
         styles = len(names) * [("0.3", ".")]
-    for ax, (name, (labels, xy)) in zip(axes, planes.items()):
-        for pair in lines:
-            ax.plot(*xy[list(pair)].T, color="0.7", lw=0.6, zorder=1)
-        for g, (color, marker) in enumerate(styles):
-            for empty, fill in ((False, color), (True, "w")):
-                points = xy[(groups == g) & (hollow == empty)]
-                ax.plot(*points.T, marker, color=color, mfc=fill, ms=5, mew=0.9, zorder=2)
-        ax.set_title(name, fontsize=10)
-        ax.set_xlabel(labels[0], fontsize=9)
-        ax.set_ylabel(labels[1], fontsize=9)
-        ax.tick_params(labelsize=8)
+    first = {}                                          # {plane: its axes in the first column}
+    for column, planes in zip(columns, maps):
+        for ax, (name, (labels, xy)) in zip(column.subplots(*shape).flat, planes.items()):
+            ax.sharex(first.setdefault(name, ax))
+            ax.sharey(first[name])
+            for pair in lines:
+                ax.plot(*xy[list(pair)].T, color="0.7", lw=0.6, zorder=1)
+            for g, (color, marker) in enumerate(styles):
+                for empty, fill in ((False, color), (True, "w")):
+                    points = xy[(groups == g) & (hollow == empty)]
+                    ax.plot(*points.T, marker, color=color, mfc=fill, ms=5, mew=0.9, zorder=2)
+            ax.set_title(name, fontsize=10)
+            ax.set_xlabel(labels[0], fontsize=9)
+            ax.set_ylabel(labels[1], fontsize=9)
+            ax.tick_params(labelsize=8)
     legend = {}
     if len(names) <= 60:
         for name, (color, marker) in zip(names, styles):
@@ -830,29 +892,23 @@ def draw_map(planes, groups, names, hollow, lines, heading):
         for name, fill in (("filled: by the sound", "k"), ("hollow: by the pictures", "w")):
             legend[name] = Line2D([], [], color="k", marker="o", mfc=fill, ls="")
     if legend:
-        columns = min(6, len(legend))
-        fig.legend(legend.values(), legend, loc="outside lower center", ncols=columns, fontsize=8)
-    return fig
+        fig.legend(legend.values(), legend, loc="outside lower center", ncols=min(6, len(legend)), fontsize=8)
 
 
 def embed_clips(encoder, listing, inputs, modalities, embedding, process, workers):
-    """(embedding (M n, D) of the n clips that have all that the M modalities need, one modality after the
-    other; which clips of the listing these are (n,))."""
-    index = []
-    parts = {m: [] for m in modalities}
+    """{clip of the listing: its embeddings (M, D)} of the clips that have all that the M modalities need."""
+    found = {}
     batches = features.encode_clips(encoder, listing, inputs, modalities, 1, process, workers, "embed")
     for part, _, outputs in batches:
-        index += part.tolist()
-        for m, (_, z) in outputs.items():
+        embedded = []
+        for _, z in outputs.values():
             z = z.float()                                                       # (B, D)
             if embedding == "projected":
                 z = encoder.projector(z)
                 retrieval.check_finite(z, features.names_of(listing, part))
-            parts[m].append(z.cpu())
-    if len(index) < 5:
-        raise UserError(f"{listing.name}: {len(index)} clips have all that {' and '.join(modalities)} needs; "
-                        "a map needs at least 5")
-    return torch.cat([torch.cat(parts[m]) for m in modalities]).numpy(), np.array(index)
+            embedded.append(z.cpu())
+        found.update(zip(part.tolist(), torch.stack(embedded, 1)))
+    return found
 
 
 def project(x, seed):
@@ -886,74 +942,108 @@ def score_spaces(spaces, group, of, kind):
     return numbers
 
 
-def write_points(file, listing, index, groups, of, planes):
-    """The csv of a map: a row for each point, its clip, group, modality and coordinates."""
+def write_points(file, encoders, maps, listing, index, groups, of):
+    """The csv of a map: a row for each encoder's each point, its clip, group, modality and coordinates."""
     text = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
     rows = csv.writer(text)
-    rows.writerow(("file", "class", "group", "modality", "tsne_1", "tsne_2", "pca_1", "pca_2"))
-    _, tsne = planes["t-SNE"]
-    _, flat = planes["PCA"]
-    for i, group, modality, *point in zip(index, groups, of, *tsne.T, *flat.T):
-        labels = [] if listing.labels is None else listing.clip_labels(i)
-        classes = [listing.classes[c] for c in labels]
-        rows.writerow((listing.path(i), " / ".join(classes), group, modality, *point))
+    rows.writerow(("file", "class", "group", "modality", "tsne_1", "tsne_2", "pca_1", "pca_2", "ckpt"))
+    for encoder, planes in zip(encoders, maps):
+        _, tsne = planes["t-SNE"]
+        _, flat = planes["PCA"]
+        for i, group, modality, *point in zip(index, groups, of, *tsne.T, *flat.T):
+            labels = [] if listing.labels is None else listing.clip_labels(i)
+            classes = [listing.classes[c] for c in labels]
+            rows.writerow((listing.path(i), " / ".join(classes), group, modality, *point, encoder.ckpt))
     text.detach()
 
 
-def check_pairs(args, encoder):
+def check_pairs(args, encoders):
     """Refuse --pairs where there are none."""
-    if len(encoder.vit.grids) < 2:
+    if any(len(encoder.vit.grids) < 2 for encoder in encoders):
         raise UserError("--pairs needs an encoder and a set with both sound and pictures; leave it out")
     data.require(args.data, ("video", "audio"), "--pairs needs both; leave it out")
     if args.modality:
         raise UserError("--pairs takes sound and pictures apart; leave --modality out")
 
 
-def map_clips(args, encoder, process, workers):
-    """visualize.py map: the figure, the csv, and where there are classes how well they lie together."""
-    if args.pairs:
-        check_pairs(args, encoder)
-    embedding = retrieval.choose_embedding(encoder, args.embedding)
-    inputs = data.Inputs(**encoder.inputs)
-    modalities = ["audio", "video"]
-    if not args.pairs:                                  # of pictures alone the seconds change
-        args.modality, inputs = features.choose_modality(
-            args.modality, encoder.vit, inputs, encoder.method, args.data)
-        modalities = [args.modality]
-    listing = data.list_clips(args.data, args.data_dir, "test")
-    names, group = group_clips(listing, args.groups)
+def clips_of_map(args):
+    """(the listing, names of the groups, group and class of each of its clips, which clips are drawn), by the
+    flags."""
+    if args.split == "all":
+        listing = data.list_all(args.data, args.data_dir)
+    else:
+        listing = data.list_clips(args.data, args.data_dir, args.split)
+    names, group, label = group_clips(listing, args.classes)
     drawn = np.random.default_rng(args.seed).permutation(np.flatnonzero(group >= 0))
     drawn = np.sort(drawn[:args.clips])
     if len(drawn) < 5:
-        some = "held-out clips of the classes of --groups" if args.groups else "held-out clips"
-        raise UserError(f"{listing.name}: {len(drawn)} {some}; a map needs at least 5")
+        some = " of the classes of --classes" if args.classes else ""
+        raise UserError(f"{listing.name}: {len(drawn)} clips{some}; a map needs at least 5")
     if len(names) > 60:
-        print(f"{len(names)} classes are too many for colours and a legend; --groups puts them into "
+        print(f"{len(names)} classes are too many for colours and a legend; --classes puts them into "
               "families, or draws some of them alone")
-    x, index = embed_clips(encoder, listing.subset(drawn), inputs, modalities, embedding, process, workers)
-    n = len(index)
-    index = np.tile(drawn[index], len(modalities))                              # (P,), P = M n, as all below
+    return listing, names, group, label, drawn
+
+
+def map_clips(args, encoders, process, workers):
+    """visualize.py map: the figure, the csv, and where there are classes how well they lie together."""
+    for encoder in encoders:
+        retrieval.choose_embedding(encoder, args.embedding)                     # refuse what it lacks
+    if args.pairs:
+        check_pairs(args, encoders)
+        modalities = ["audio", "video"]
+        inputs = [data.Inputs(**encoder.inputs) for encoder in encoders]
+    else:                                               # of pictures alone the seconds change
+        inputs = choose_modality(args, encoders)
+        modalities = [args.modality]
+    listing, names, group, label, drawn = clips_of_map(args)
+    found = []
+    for encoder, its in zip(encoders, inputs):
+        found.append(embed_clips(
+            encoder, listing.subset(drawn), its, modalities, args.embedding, process, workers))
+    there = in_all(found)
+    n = len(there)
+    if n < 5:
+        raise UserError(f"{listing.name}: {n} clips have all that {' and '.join(modalities)} needs; "
+                        "a map needs at least 5")
+    index = np.tile(drawn[there], len(modalities))                              # (P,), P = M n, as all below
     of = np.repeat(modalities, n)
     group = group[index]
+    label = label[index]
 
-    planes = project(x, args.seed)
-    spaces = {"embedding": x, "t-SNE": planes["t-SNE"][1], "PCA": planes["PCA"][1]}
-    numbers = score_spaces(spaces, group, of, "group" if args.groups else "class")
+    maps = []
+    rows = []
+    for encoder, embedded in zip(encoders, found):
+        print(f"{encoder.ckpt}, step {encoder.step:,}")
+        x = torch.stack([embedded[i] for i in there], 1).flatten(0, 1).numpy()                  # (P, D)
+        planes = project(x, args.seed)
+        spaces = {"embedding": x, "t-SNE": planes["t-SNE"][1], "PCA": planes["PCA"][1]}
+        numbers = score_spaces(spaces, group, of, "family" if args.classes else "class")
+        if args.classes:
+            numbers["by class"] = score_spaces(spaces, label, of, "class")
+        maps.append(planes)
+        rows.append({"what": "map", "data": args.data, "split": args.split, "modality": args.modality,
+            "pairs": args.pairs, "embedding": args.embedding, "untrained": args.untrained,
+            "classes": args.classes, "N": n, "left_out": len(drawn) - n, **numbers, "seed": args.seed})
     by = {"av": "by sound and pictures together", "audio": "by sound", "video": "by pictures",
           None: "by sound and by pictures"}[args.modality]
-    kind = "projected" if embedding == "projected" else "clip"
-    heading = title(encoder, args, f"{n:,} clips of {args.data} {by}, {kind} embedding")
+    kind = "projected" if args.embedding == "projected" else "clip"
+    what = f"{n:,} clips of {args.data} ({args.split}) {by}, {kind} embedding"
+    width, height = (6.2, 11) if len(encoders) > 1 else (12.4, 6)
+    fig, columns = make_figure(encoders, args, width, height + 0.25 * math.ceil(len(names) / 6), what)
     pairs = [(i, n + i) for i in range(n)] if args.pairs else []
-    fig = draw_map(planes, group, names, of != modalities[0], pairs, heading)
-    name = f"map-{args.data}-pairs" if args.pairs else f"map-{args.data}-{args.modality}"
-    if embedding == "projected":
+    draw_map(fig, columns, maps, group, names, of != modalities[0], pairs)
+    name = f"map-{args.data}-{'pairs' if args.pairs else args.modality}"
+    if args.split != "test":
+        name += f"-{args.split}"
+    if args.embedding == "projected":
         name += "-projected"
     name += variant(args)
     groups = [names[g] for g in group]
-    table = write(args, f"{name}.csv", lambda file: write_points(file, listing, index, groups, of, planes))
-    add_row(args, {"what": "map", "data": args.data, "modality": args.modality, "pairs": args.pairs,
-        "embedding": embedding, "untrained": args.untrained, "groups": args.groups, "N": n,
-        "left_out": len(drawn) - n, **numbers, "seed": args.seed, "step": encoder.step})
+    table = write(
+        args, f"{name}.csv", lambda file: write_points(file, encoders, maps, listing, index, groups, of))
+    for encoder, row in zip(encoders, rows):
+        add_row(args, encoder, row)
     print(save(args, name, fig))
     print(table)
 
@@ -1018,21 +1108,24 @@ def curves(args):
     if any(column.startswith("know_nothing") for column in columns):
         heading += "; thin and dotted: the loss of a predictor that knows nothing"
     name = f"curves-of-{len(runs)}.png" if len(runs) > 1 else "curves.png"
-    args.ckpt = args.runs[0]
+    args.ckpt = args.runs
     print(write(args, name, lambda file: run.draw_curves(file, runs, heading)))
 
 
 # ----------------------------------------------------------------------------------------------------------
 
-def load(args, process, untrained=False):
-    """The encoder that the flags ask for."""
-    return common.load_encoder(args.ckpt, process.device, untrained or args.untrained, weights=args.encoder)
+def load(args, ckpt, process, untrained=False):
+    """The encoder of a checkpoint that the flags ask for; .ckpt: where it is from."""
+    encoder = common.load_encoder(ckpt, process.device, untrained or args.untrained, weights=args.encoder)
+    encoder.ckpt = ckpt
+    return encoder
 
 
 def encoder_flags(add_data, add_run, add_method):
     add_data("--data-dir", help="folder with the clips and the csv files (default: none; toys: in cache/)")
-    add_run("--ckpt", required=True, help="folder of a run, or its latest.pt")
-    add_run("--out", help="folder for the files (default: the run's)")
+    add_run("--ckpt", nargs="+", required=True,
+        help="folder of a run, its latest.pt or another checkpoint; several stand side by side")
+    add_run("--out", help="folder for the files (default: the first run's)")
     add_method("--untrained", action="store_true",
         help="the same encoder as it was initialised, for comparison")
     add_method("--encoder", choices=("context", "target"),
@@ -1078,8 +1171,9 @@ def get_args(argv=None):
         "map", "clips in the plane, by t-SNE and by PCA, and their coordinates in a csv")
     encoder_flags(add_data, add_run, add_method)
     set_flags(add_data, add_run, add_method, 5000, "at most so many")
-    add_data("--groups",
-        help="a csv with the columns class and group: colours for groups, no other classes (default: none)")
+    add_data("--split", choices=("train", "test", "all"), default="test", help="whose clips")
+    add_data("--classes",
+        help="a csv of family,class: these classes alone, a colour for each family (default: all classes)")
     add_method("--pairs", action="store_true",
         help="each clip twice, by its sound and by its pictures, joined by a line")
     add_method("--embedding", choices=("encoder", "projected"), default="encoder",
@@ -1120,20 +1214,23 @@ def main(argv=None):
         curves(args)
         return
     process, workers = run.one_process(args, "visualize.py")
-    encoder = load(args, process)
+    args.ckpt = [one.ckpt for one in run.each_checkpoint(args)]
+    encoders = [load(args, ckpt, process) for ckpt in args.ckpt]
     if args.what == "pca":
-        pca(args, encoder, process, workers)
+        pca(args, encoders, process, workers)
         return
     if args.what == "map":
-        map_clips(args, encoder, process, workers)
+        map_clips(args, encoders, process, workers)
         return
-    check_range("--layer", args.layer, -1, len(encoder.vit.blocks) - 1)
-    if len(encoder.vit.grids) < 2:
-        raise UserError(f"{args.ckpt}: this {encoder.method['name']} encoder takes one modality only; "
-                        "attention between the two needs both")
+    for encoder in encoders:
+        check_range("--layer", args.layer, -1, len(encoder.vit.blocks) - 1)
+        if len(encoder.vit.grids) < 2:
+            raise UserError(f"{encoder.ckpt}: this {encoder.method['name']} encoder takes one modality only; "
+                            "attention between the two needs both")
     if args.clip:
-        attention_of_clip(args, encoder, process)
-    else:
+        attention_of_clip(args, encoders, process)
+        return
+    for encoder in encoders:
         attention_on_toy(args, encoder, process, workers)
 
 

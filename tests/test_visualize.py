@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import RATES, fails, last_row, numbered, read_number, tone, write
+from conftest import RATES, ROOT, fails, last_row, numbered, read_number, tone, write
 from test_probe import full_disk
 
 import common
@@ -59,8 +59,9 @@ def figures(monkeypatch):
 
 
 def said(fig, *parts):
-    """Whether the title says all parts, wherever its lines are broken."""
-    title = "".join(fig._suptitle.get_text().split())
+    """Whether the titles of a figure and of its columns say all parts, wherever their lines are broken."""
+    titles = [part._suptitle.get_text() for part in (fig, *fig.subfigs) if part._suptitle]
+    title = "".join("".join(titles).split())
     return all("".join(part.split()) in title for part in parts)
 
 
@@ -168,7 +169,8 @@ def test_the_film_has_sound_and_time_of_its_clip_and_light_where_the_map_is(tmp_
     for m, (row, column) in enumerate(peaks):
         maps[0, m, row, column] = maps[1, m, column, row] = 1
     film = tmp_path / "film.mp4"
-    visualize.write_film(tmp_path / name, film, moments, list(maps), 0.8, "a title\nof two lines")
+    lit = [(moments, heat, 0.8) for heat in maps]
+    visualize.write_film(tmp_path / name, film, lit, "a title\nof two lines")
 
     before, _, sound, rate = read_film(tmp_path / name)
     times, shown, wave, film_rate = read_film(film)
@@ -350,11 +352,12 @@ def test_pca_draws_a_figure_for_each_modality(runs, toy, tmp_path, figures, meth
     classes = ["teal bell", "red odd"]
     visualize.main(words("pca", runs[method], tmp_path, "--clips", 2, "--classes", *classes, toy=toy))
     keys = ["audio-alone"] if method == "deaf" else ["video", "audio"]
-    assert {p.name for p in tmp_path.iterdir()} == {f"pca-toy-{key}.png" for key in keys}
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"visualize.jsonl", *(f"pca-toy-{key}.png" for key in keys)}
     encoder = common.load_encoder(runs[method])
     for key, fig in zip(keys, figures, strict=True):
         assert said(fig, TITLES[method], f"{key[:5]} tokens", "toy", str(runs[method]), "step 1,234")
-        for block, name in zip(fig.subfigs, classes, strict=True):
+        for block, name in zip(fig.subfigs[0].subfigs, classes, strict=True):
             tokens = []
             number = data.TOY_CLASSES.index(name)
             for i in (number, number + 8):
@@ -391,19 +394,20 @@ def test_neighbours_of_the_same_label_equal_a_slow_loop():
 
 @pytest.mark.parametrize("method, flags, name", [
     ("deaf", "", "audio"), ("cls", "", "av"), ("plain", "--modality video --untrained", "video-untrained"),
-    ("cls", "--pairs --embedding projected", "pairs-projected"), ("plain", "--groups groups.csv", "av")])
+    ("cls", "--pairs --embedding projected", "pairs-projected"), ("plain", "--classes families.csv", "av")])
 def test_the_map_has_a_row_and_a_point_for_each_clip_and_modality(
         runs, toy, tmp_path, figures, monkeypatch, method, flags, name):
     monkeypatch.chdir(tmp_path)
     pairs = "--pairs" in flags
     group_of = {label: label for label in data.TOY_CLASSES}
-    if "--groups" in flags:                             # of all classes but the first
+    if "--classes" in flags:                            # of all classes but the first
         group_of = {label: "cold" if label[0] in "btvg" else "warm" for label in data.TOY_CLASSES[1:]}
-        lines = [f"{label},{group}\n" for label, group in group_of.items()]
-        (tmp_path / "groups.csv").write_text("class,group\n" + "".join(lines))
+        lines = [f"{family}, {label}\n" for label, family in group_of.items()]
+        (tmp_path / "families.csv").write_text("# ours\n" + "".join(lines) + '"cold","a dog, barking"\n')
     visualize.main(words("map", runs[method], tmp_path, *flags.split(), toy=toy))
     header, *rows = csv.reader((tmp_path / f"map-toy-{name}.csv").read_text().splitlines())
-    assert header == ["file", "class", "group", "modality", "tsne_1", "tsne_2", "pca_1", "pca_2"]
+    assert header == ["file", "class", "group", "modality", "tsne_1", "tsne_2", "pca_1", "pca_2", "ckpt"]
+    assert {row.pop() for row in rows} == {str(runs[method])}
     assert (tmp_path / f"map-toy-{name}.png").is_file()
     encoder = common.load_encoder(runs[method], untrained="--untrained" in flags)
     z = []
@@ -442,6 +446,176 @@ def test_the_map_has_a_row_and_a_point_for_each_clip_and_modality(
     _, groups = np.unique([row[2] for row in rows[-n:]], return_inverse=True)
     close, _ = visualize.neighbours(xy[-n:, 2:], groups)
     assert row[f"{rows[-1][3]}, PCA"]["neighbours"] == pytest.approx(close, abs=1.5)    # two of 150, if tied
+
+
+def read_map(path):
+    """{ckpt: [the other fields of its rows]} of the csv of a map."""
+    _, *rows = csv.reader(path.read_text().splitlines())
+    found = {}
+    for *row, ckpt in rows:
+        found.setdefault(ckpt, []).append(row)
+    return found
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "visualize.jsonl").read_text().splitlines()]
+
+
+def test_a_file_of_families_says_which_clips_of_all_splits_are_shown_and_in_which_colours(
+        runs, toy, tmp_path, figures, capsys):
+    """Of the training and the test clips; a class that the set lacks is named; a clip's class counts, too."""
+    families = {"teal bell": "cold", "red odd": "warm", "orange saw": "warm", "blue tremolo": "cold"}
+    lines = [f"{family},{name}\n" for name, family in families.items()]
+    (tmp_path / "f.csv").write_text("# ours\n" + "".join(lines) + 'cold,"a dog, barking"\n')
+    more = ["--split", "all", "--classes", tmp_path / "f.csv", "--modality", "audio"]
+    visualize.main(words("map", runs["plain"], tmp_path, *more, toy=toy))
+    assert "f.csv: the set lacks 'a dog, barking'\n" in capsys.readouterr().out
+    rows, = read_map(tmp_path / "map-toy-audio-all.csv").values()
+    expected = []
+    for split in ("train", "test"):
+        listing = data.list_clips("toy", toy, split)
+        for i in range(len(listing)):
+            name = listing.classes[listing.clip_labels(i)[0]]
+            if name in families:
+                expected.append([listing.path(i), name, families[name], "audio"])
+    assert [row[:4] for row in rows] == expected and len(rows) == 20
+    for ax, columns in zip(figures[0].axes, ((4, 5), (6, 7))):
+        colour = {}
+        for line in ax.lines:
+            for x, y in line.get_xydata():
+                colour[np.float32(x), np.float32(y)] = line.get_color(), line.get_marker()
+        shown = {}
+        for row in rows:
+            x, y = (np.float32(row[column]) for column in columns)
+            shown.setdefault(row[2], set()).add(colour[x, y])
+        assert all(len(styles) == 1 for styles in shown.values())
+        keys = figures[0].legends[0]
+        legend = {text.get_text(): {(line.get_color(), line.get_marker())}
+                  for text, line in zip(keys.get_texts(), keys.legend_handles)}
+        assert shown == legend and len(set.union(*shown.values())) == 2
+    row, = rows_of(tmp_path)
+    flat = np.array([row[6:8] for row in rows], float)
+    for column, found in ((2, row), (1, row["by class"])):
+        _, labels = np.unique([row[column] for row in rows], return_inverse=True)
+        close, chance = visualize.neighbours(flat, labels)
+        assert found["audio, PCA"]["neighbours"] == pytest.approx(close, abs=1.5)
+        assert found["audio, PCA"]["chance"] == pytest.approx(chance)
+    assert row["split"] == "all" and row["N"] == len(rows)
+
+
+def test_the_families_of_vggsound_are_six_of_ten_classes_each_and_called_ours():
+    path = ROOT / "datasets" / "vggsound_families.csv"
+    assert path.read_text().startswith("# Ours: ")
+    rows = [tuple(row) for row in data.read_rows(path)]
+    names = [name for _, name in rows]
+    assert len(set(names)) == len(rows) == 60
+    families = [family for family, _ in rows]
+    assert {family: families.count(family) for family in families} == dict.fromkeys(families, 10)
+    assert len(set(families)) == 6
+    assert len(visualize.read_families(path, names)) == 60
+
+
+def side_by_side(what, runs, tmp_path, *more, toy=None):
+    """Draw two checkpoints alone, into the folders cls and plain, and together, into both."""
+    for name in ("cls", "plain"):
+        visualize.main(words(what, runs[name], tmp_path / name, *more, toy=toy))
+    argv = words(what, runs["cls"], tmp_path / "both", *more, toy=toy)
+    argv.insert(3, str(runs["plain"]))
+    visualize.main(argv)
+
+
+def check_columns(fig, runs):
+    """A column for each checkpoint, as large as the other, named by method and step."""
+    left, right = fig.subfigs
+    assert left.bbox.width == right.bbox.width and left.bbox.height == right.bbox.height
+    for column, name in ((left, "cls"), (right, "plain")):
+        assert said(column, TITLES[name], "step 1,234", str(runs[name]))
+    return left, right
+
+
+def test_maps_side_by_side_have_the_numbers_that_each_has_alone_and_one_scale(runs, toy, tmp_path, figures):
+    side_by_side("map", runs, tmp_path, toy=toy)
+    both = read_map(tmp_path / "both" / "map-toy-av-of-2.csv")
+    assert list(both) == [str(runs["cls"]), str(runs["plain"])]
+    for name, row in zip(("cls", "plain"), rows_of(tmp_path / "both"), strict=True):
+        assert both[str(runs[name])] == read_map(tmp_path / name / "map-toy-av.csv")[str(runs[name])]
+        assert row == last_row(tmp_path / name, "visualize.jsonl")
+    columns = check_columns(figures[2], runs)
+    for alone, column in zip(figures, columns):
+        for ax, drawn in zip(alone.axes, column.axes, strict=True):
+            assert ax.get_title() == drawn.get_title()
+            for line, other in zip(ax.lines, drawn.lines, strict=True):
+                np.testing.assert_array_equal(line.get_xydata(), other.get_xydata())
+    for one, other in zip(*(column.axes for column in columns)):
+        assert one.get_xlim() == other.get_xlim() and one.get_ylim() == other.get_ylim()
+    spread = [column.axes[1].dataLim.width for column in columns]
+    left, right = columns[0].axes[1].get_xlim()
+    assert right - left >= max(spread) > min(spread)
+
+
+def test_what_one_checkpoint_cannot_read_is_drawn_of_none(runs, toy, tmp_path, figures, monkeypatch):
+    whole = visualize.embed_clips
+
+    def embed(encoder, *given):
+        found = whole(encoder, *given)
+        del found[3 if encoder.method["name"] == "cls" else 7]
+        return found
+
+    monkeypatch.setattr(visualize, "embed_clips", embed)
+    visualize.main(["map", "--ckpt", str(runs["cls"]), *words("map", runs["plain"], tmp_path, toy=toy)[2:]])
+    left = [f"{i:05d}.mp4" for i in range(16) if i not in (3, 7)]
+    for rows in read_map(tmp_path / "map-toy-av-of-2.csv").values():
+        assert [row[0][-9:] for row in rows] == left
+    assert [(row["N"], row["left_out"]) for row in rows_of(tmp_path)] == [(14, 2), (14, 2)]
+
+
+def images_of(column):
+    """What the axes of a part of a figure show."""
+    return [np.asarray(image.get_array()) for ax in column.axes for image in ax.images]
+
+
+def test_pca_side_by_side_has_the_colours_and_the_variance_that_each_has_alone(runs, toy, tmp_path, figures):
+    side_by_side("pca", runs, tmp_path, "--clips", 2, "--classes", "red odd", toy=toy)
+    assert len(list((tmp_path / "both").glob("pca-toy-*-of-2.png"))) == 2
+    for key, fig in enumerate(figures[4:]):
+        for n, (name, column) in enumerate(zip(("cls", "plain"), check_columns(fig, runs))):
+            alone = images_of(figures[2 * n + key])
+            for one, other in zip(alone, images_of(column.subfigs[0]), strict=True):
+                np.testing.assert_array_equal(one, other)
+            assert rows_of(tmp_path / "both")[2 * key + n] == rows_of(tmp_path / name)[key]
+            assert len(rows_of(tmp_path / name)[key]["variance"]["red odd"]) == 3
+
+
+def test_the_peaks_of_two_checkpoints_are_a_row_each_as_alone(runs, toy, tmp_path):
+    argv = words("attention", runs["plain"], tmp_path, toy=toy)
+    visualize.main(argv)
+    visualize.main(["attention", "--ckpt", str(runs["cls"]), *argv[2:]])
+    alone, first, second = rows_of(tmp_path)
+    assert first["ckpt"] == str(runs["cls"]) and first["heads"] != second["heads"]
+    assert {**second, "seconds": 0} == {**alone, "seconds": 0}
+
+
+def test_attention_side_by_side_shows_what_each_shows_alone_and_films_one_beside_the_other(
+        runs, tmp_path, figures, monkeypatch):
+    """Planted: one encoder looks at the second patch of the first row, the other one at the last of all."""
+    def planted(vit, video, audio, layer):
+        seen = torch.full((1, 2, *GRID), 0.01)
+        seen[:, :, :, *((0, 1) if vit.cls is not None else (3, 3))] = 1
+        return seen, torch.rand(1, 2, 2, 12)
+
+    monkeypatch.setattr(visualize, "cross_attention", planted)
+    clip = tmp_path / "good.mp4"
+    write(clip, np.full((20, 48, 64, 3), 180, np.uint8), tone(500, 2), fps=10)
+    side_by_side("attention", runs, tmp_path, "--clip", clip)
+    columns = check_columns(figures[2], runs)
+    for alone, column in zip(figures, columns):
+        shown = [images_of(part)[:5] for part in (alone, column)]           # frames, mel, lit frames
+        for one, other in zip(*shown, strict=True):
+            np.testing.assert_array_equal(one, other)
+    film = read_film(tmp_path / "both" / "attention-good-of-2.mp4")[1][:, -240:].mean(-1)
+    assert film.shape[2] == 3 * 320
+    for tile, peak in zip(np.split(film[10], 3, 1)[1:], ((0, 1), (3, 3))):
+        assert np.unravel_index(cells(tile[24:216, 64:256]).argmax(), (4, 4)) == peak
 
 
 def test_curves_of_several_runs_are_named_and_told_apart_without_colour(runs, tmp_path, figures):
@@ -538,13 +712,22 @@ map plain WORLD --embedding projected | has no projector
 map deaf WORLD --pairs | --pairs needs an encoder and a set with both sound and pictures
 map plain --data esc50 --pairs | --data esc50 has no pictures; --pairs needs both
 map plain WORLD --pairs --modality audio | leave --modality out
-map plain WORLD --groups GROUPS | the set has no class 'a dog'
-map plain WORLD --clips 4 | toy: 4 held-out clips; a map needs at least 5
+map plain WORLD --classes NONE | the set has none of its classes: 'a dog', 'a cat, meowing'; spell them as the
+map plain WORLD --classes UNQUOTED | 'animals, a cat, meowing' is not family,class; put a name with a
+map plain WORLD --classes TWICE | has 'red odd' in two families; give it one
+map plain WORLD --classes EMPTY | empty.csv: the list is empty
+map plain WORLD --classes TOY/none.csv | none.csv: there is no such file; give a csv of family,class
+map plain WORLD --classes FEW | toy: 4 clips of the classes of --classes; a map needs at least 5
+map plain WORLD --clips 4 | toy: 4 clips; a map needs at least 5
+map plain,deaf WORLD | these encoders take av or audio; give a --modality that all of them take
+map plain,deaf WORLD --pairs | --pairs needs an encoder and a set with both
+pca plain,deaf WORLD --modality av | deaf takes no video
+attention plain,deaf CLIP | this deaf encoder takes one modality only
 attention plain CLIP --layer -2 | --layer -2 is out of range: from -1 to 3
 pca plain WORLD --clips -1 | --clips -1 is out of range
 pca plain WORLD --clips 99999999999 | --clips 99999999999 is out of range
 map plain WORLD --seed -1 | --seed -1 is out of range
-map plain WORLD --out GROUPS | groups.csv: cannot be made
+map plain WORLD --out EMPTY | empty.csv: cannot be made
 attention broken CLIP | good.mp4: what the encoder says of this clip is no finite number
 attention broken WORLD | 00000.mp4: what the encoder says of this clip is no finite number
 pca broken WORLD | .mp4: what the encoder says of this clip is no finite number
@@ -564,19 +747,29 @@ def break_weights(run_folder, folder, which):
     return folder / "broken"
 
 
+FILES = {
+    "NONE": "animals,a dog\nanimals,'a cat, meowing'\n".replace("'", '"'),
+    "UNQUOTED": "warm,red odd\nanimals,a cat, meowing\n",
+    "TWICE": "warm,red odd\ncold,red odd\n",
+    "EMPTY": "# nothing yet\n",
+    "FEW": "warm,red odd\nwarm,orange saw\n"}
+
+
 @pytest.mark.parametrize("line", REFUSED)
 def test_bad_input_ends_in_a_sentence_and_writes_nothing(runs, toy, clips, tmp_path, line):
-    (tmp_path / "groups.csv").write_text("class,group\nred odd,warm\na dog,animals\n")
     line, sentence = line.split(" | ")
+    for name, text in FILES.items():
+        (tmp_path / f"{name.lower()}.csv").write_text(text)
+        line = line.replace(name, str(tmp_path / f"{name.lower()}.csv"))
     for name, value in (("CLIP ", "--clip CLIPS/good.mp4 "), ("WORLD", "--data toy --data-dir TOY"),
-                        ("CLIPS", clips), ("TOY", toy), ("GROUPS", tmp_path / "groups.csv")):
+                        ("CLIPS", clips), ("TOY", toy)):
         line = f"{line} ".replace(name, str(value))
     what, method, *more = line.split()
     if method.startswith("broken"):
         which = "projector" if "projector" in method else "teacher"
         runs = {**runs, method: break_weights(runs["cls"], tmp_path, which)}
-    folder = str(runs.get(method, 300 * "x"))
-    argv = ["curves", folder] if what == "curves" else [what, "--ckpt", folder, "--workers", "0", *more]
+    folders = [str(runs.get(name, 300 * "x")) for name in method.split(",")]
+    argv = ["curves", *folders] if what == "curves" else [what, "--ckpt", *folders, "--workers", "0", *more]
     there = [sorted(folder.rglob("*")) for folder in (*runs.values(), tmp_path, clips, toy)]
     assert sentence in fails(visualize.main, argv)
     assert there == [sorted(folder.rglob("*")) for folder in (*runs.values(), tmp_path, clips, toy)]

@@ -1,14 +1,18 @@
 """A claim as one command: train the rows of an experiment over several seeds, write its table and picture.
 
-    python reproduce.py masking                       # A-JEPA's table of maskings on the toy data
-    python reproduce.py masking --dry-run             # what is finished and what is left
-    python reproduce.py masking --seeds 0 1 2 3 4     # more seeds: only those that are missing are run
-    python reproduce.py methods                       # the four methods: probes, retrieval, size and time
+    python reproduce.py ajepa-masking                   # A-JEPA's table of maskings on the toy data
+    python reproduce.py ajepa-masking --dry-run         # what is finished, what is left, about how long
+    python reproduce.py ajepa-masking --seeds 0 1 2 3 4 # more seeds: only those that are missing are run
+    python reproduce.py ajepa-ratio --data audioset --data-dir audioset/ --probe-data audioset-20k \\
+        --launch "torchrun --nproc_per_node=8"          # the paper's recipe, each run on eight GPUs
+    python reproduce.py avjepa-components --data vggsound --data-dir vggsound/ --jobs 8     # a run on each
+    python reproduce.py avjepa-components --data vggsound --data-dir vggsound/ --row no-local --seeds 0
+    python reproduce.py mjepa-frozen --recipe paper --ckpt runs/mjepa-audioset-seed0 --places esc50=ESC-50/
 
-A row is a command line of our own scripts. Each run is a process of its own with a folder of its own: what is
-finished is skipped, a run that was stopped goes on from its checkpoint, and one that failed is named while
-the others go on. Flags that this script does not know are handed to each run (--steps 100 --batch-size 16);
-what a row says itself stays.
+The experiments stand in experiments.py. A row is a command line of our own scripts. Each run is a process of
+its own with a folder of its own: what is finished is skipped, a run that was stopped goes on from its
+checkpoint, and one that failed is named while the others go on. Flags that this script does not know are
+handed to each run (--steps 100 --batch-size 16); what a row says itself stays.
 """
 import signal
 
@@ -17,173 +21,122 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import functools
+import importlib
 import json
-import math
+import os
 import re
 import shlex
+import shutil
 import stat
 import statistics
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import torch
 
 import common
-import probe
+import data
+import heads
+import tables
 from common import UserError, check_range, main_guard
-from run import Help, choose_device, code_version, read_log, replace_file
+from experiments import EXPERIMENTS
+from run import COLUMNS, Help, choose_device, code_version, read_log, replace_file
 
-TRAIN = "train"                                         # of a run's steps the one that is not a probe
-
-
-def attentive(*modalities):
-    """The steps that probe a finished run with attention. One query for all methods, and two rates:
-    MJEPA's own head, of four blocks, takes too long on two cores."""
-    steps = []
-    for modality in modalities:
-        step = f"probe.py --data toy --probe attentive --head attentive --lr 1e-3 1e-2 --modality {modality}"
-        steps += [step, f"{step} --baseline untrained"]
-    return steps
-
-
-EXPERIMENTS = {
-    # columns {name: where it lies in results.json, or in `measures`}; flags of all rows, which the user's may
-    # replace; rows {name: command line}. Where there is more to it: formats of the columns that are not
-    # percent, with a comma if it is the same for all seeds; panels of the picture {title: (unit, columns, the
-    # column of chance)}; after {row: steps that follow its training}
-    "masking": dict(
-        title="A-JEPA's table of maskings, on the toy data: linear probe on held-out clips, top-1 in percent",
-        columns={"linear probe": "trained/audio",
-                 "untrained": "untrained/audio"},
-        flags="--steps 500",                            # half of the toy run, for 15 runs in 40 minutes
-        rows={"random patches, 75 %": "ajepa.py --masking random --mask-ratio 0.75",
-              "time strips": "ajepa.py --masking time",
-              "frequency strips": "ajepa.py --masking freq",
-              "single block, 75 %": "ajepa.py --masking block --mask-ratio 0.75",
-              "multi-block": "ajepa.py --masking multiblock"}),
-    "cross-modal": dict(
-        title="MJEPA's table of terms, on the toy data: linear probe on held-out clips, top-1 in percent",
-        columns={"A": "trained/audio",
-                 "V": "trained/video",
-                 "AV": "trained/av",
-                 "A, untrained": "untrained/audio",
-                 "V, untrained": "untrained/video",
-                 "AV, untrained": "untrained/av"},
-        flags="",
-        rows={"separate, audio": "mjepa.py --terms separate-audio",
-              "separate, video": "mjepa.py --terms separate-video",
-              "shared, within alone": "mjepa.py --terms intra",
-              "and A<->V across": "mjepa.py --terms intra+av",
-              "all nine": "mjepa.py --terms all"}),
-    "sound": dict(
-        title="AVJEPA: does sound help a small model? Toy data: linear probe of the class on held-out clips, "
-              "top-1 in percent",
-        # the encoder trained with sound is asked without it as well: so the authors' code asks it
-        columns={"video alone": "trained/video",
-                 "video + sound": "trained/av",
-                 "video alone, untrained": "untrained/video",
-                 "video + sound, untrained": "untrained/av"},
-        flags="",
-        rows={"nano, trained on video": "avjepa_ncsu.py --size nano --modalities video",
-              "nano, trained on video + sound": "avjepa_ncsu.py --size nano --modalities av",
-              "toy, trained on video": "avjepa_ncsu.py --size toy --modalities video",
-              "toy, trained on video + sound": "avjepa_ncsu.py --size toy --modalities av"}),
-    "methods": dict(
-        title="The four methods on the toy data: frozen encoders on held-out clips, probes (top-1) and "
-              "retrieval (R@10) in percent",
-        columns={"linear probe, audio": "trained/audio",
-                 "linear probe, audio, untrained": "untrained/audio",
-                 "linear probe, audio, raw input": "raw input/audio",
-                 "linear probe, video": "trained/video",
-                 "linear probe, video, untrained": "untrained/video",
-                 "linear probe, video, raw input": "raw input/video",
-                 "linear probe, audio + video": "trained/av",
-                 "linear probe, audio + video, untrained": "untrained/av",
-                 "linear probe, audio + video, raw input": "raw input/av",
-                 "10 labels a class, audio": "trained/few/audio",
-                 "10 labels a class, audio, untrained": "untrained/few/audio",
-                 "10 labels a class, audio, raw input": "raw input/few/audio",
-                 "10 labels a class, video": "trained/few/video",
-                 "10 labels a class, video, untrained": "untrained/few/video",
-                 "10 labels a class, video, raw input": "raw input/few/video",
-                 "10 labels a class, audio + video": "trained/few/av",
-                 "10 labels a class, audio + video, untrained": "untrained/few/av",
-                 "10 labels a class, audio + video, raw input": "raw input/few/av",
-                 "attentive probe, audio": "attentive/trained/audio",
-                 "attentive probe, audio, untrained": "attentive/untrained/audio",
-                 "attentive probe, video": "attentive/trained/video",
-                 "attentive probe, video, untrained": "attentive/untrained/video",
-                 "attentive probe, audio + video": "attentive/trained/av",
-                 "attentive probe, audio + video, untrained": "attentive/untrained/av",
-                 "R@10, A->V": "trained/A->V/R@10",
-                 "R@10, A->V, untrained": "untrained/A->V/R@10",
-                 "R@10, V->A": "trained/V->A/R@10",
-                 "R@10, V->A, untrained": "untrained/V->A/R@10",
-                 "chance, probes": "chance/audio",
-                 "chance, R@10": "chance/A->V/R@10",
-                 "parameters of the encoder": "run/parameters of the encoder",
-                 "parameters trained": "run/parameters trained",
-                 "video tokens of a clip": "run/video tokens of a clip",
-                 "audio tokens of a clip": "run/audio tokens of a clip",
-                 "seconds a step": "run/seconds a step",
-                 "minutes of training": "run/minutes of training",
-                 "minutes of evaluation": "run/minutes of evaluation",
-                 "minutes of attentive probes": "run/minutes of attentive probes"},
-        formats={"chance, probes": ",.1f",
-                 "chance, R@10": ",.1f",
-                 "parameters of the encoder": ",.0f",
-                 "parameters trained": ",.0f",
-                 "video tokens of a clip": ",.0f",
-                 "audio tokens of a clip": ",.0f",
-                 "seconds a step": ".3f",
-                 "minutes of training": ".1f",
-                 "minutes of evaluation": ".1f",
-                 "minutes of attentive probes": ".1f"},
-        panels={"linear probe": (
-                    "top-1, percent",
-                    ["linear probe, audio", "linear probe, video", "linear probe, audio + video"],
-                    "chance, probes"),
-                "attentive probe": (
-                    "top-1, percent",
-                    ["attentive probe, audio", "attentive probe, video", "attentive probe, audio + video"],
-                    "chance, probes"),
-                "retrieval": ("R@10, percent", ["R@10, A->V", "R@10, V->A"], "chance, R@10"),
-                "time of a training step": ("seconds", ["seconds a step"], None)},
-        flags="",
-        rows={"A-JEPA": "ajepa.py",
-              "AV-JEPA": "avjepa_lejepa.py",
-              "MJEPA": "mjepa.py",
-              "AVJEPA (NC State)": "avjepa_ncsu.py"},
-        after={"A-JEPA": attentive("audio"),
-               "AV-JEPA": attentive("audio", "video", "av"),
-               "MJEPA": attentive("audio", "video", "av"),
-               "AVJEPA (NC State)": attentive("audio", "video", "av")}),
-}
+TRAIN = "train"                                         # of a run's steps the one that comes first
+PLACE = r"\{([\w-]+)\}"                                 # in a line of an experiment
+BASELINES = {"trained": "", "untrained": " --baseline untrained", "raw input": " --baseline raw"}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # What is to be run, and what is finished
 # ----------------------------------------------------------------------------------------------------------
 
-def plan(experiment, seeds, out, given, extra):
-    """The runs: a list of dict(row, seed, folder, command, probes), seed by seed, so that whoever stops
-    early has a whole table of fewer seeds. given: flags for the run and its probes; extra: for the run
-    alone."""
+def choose(args):
+    """The experiment as the recipe has it, with all that an entry may leave out."""
+    entry = EXPERIMENTS[args.experiment]
+    toy = entry.get("toy", {}) if args.recipe == "toy" else {}
+    rest = dict(flags="", after={}, only={}, formats={}, paper={}, source="", rivals=False)
+    return {**rest, **entry, **toy}
+
+
+def slug(row):
+    return re.sub("[^a-z0-9]+", "-", row.lower()).strip("-")
+
+
+def trains(line):
+    return not line.startswith("probe.py")
+
+
+def follow(experiment, row, made):
+    """{step: its name} of the steps behind the training of a row. made: a set of our own, whose runs end with
+    a small table; on others probes and searches find what the columns want of it."""
+    line = experiment["rows"][row]
+    steps = {}
+    for name, after in experiment["after"].items():
+        steps.update({step if trains(line) else f"{line} {step}": name for step in after})
+    for path in experiment["columns"].values() if trains(line) and not made else ():
+        name, *keys = path.split("/")
+        # AV-JEPA's protocol trains both heads side by side
+        beside = f"probe.py --probe attentive --modality {keys[-1]}" in experiment["after"].get(name, ())
+        if name in BASELINES and len(keys) == 1 and not beside:
+            steps[f"probe.py --modality {keys[0]}{BASELINES[name]}"] = name
+        elif name in ("trained", "untrained") and "->" in path:
+            steps["retrieval.py" + " --untrained" * (name == "untrained")] = name
+    if row in experiment["only"]:
+        others = {"audio", "video", "av", "retrieval.py"} - {experiment["only"][row]}
+        steps = {step: name for step, name in steps.items() if others.isdisjoint(step.split())}
+    return steps
+
+
+def multiply(line, said, recipe):
+    """A row's line with `--steps 3x` as a number: of the steps that its other flags or the recipe say."""
+    times = re.search(r"--steps (\d+)x", line)
+    if not times:
+        return line
+    given = [value for flag, value in zip(said, said[1:]) if flag == "--steps"]
+    script = importlib.import_module(line.split(".py")[0])
+    steps = given[-1] if given else str(script.RECIPE["steps"][COLUMNS.index(recipe)])
+    if "--epochs" in said or not steps.isdecimal():
+        raise UserError("a row has a multiple of the others' steps; give their number, such as --steps 1000")
+    return line.replace(times[0], f"--steps {int(times[1]) * int(steps)}")
+
+
+def plan(experiment, args, extra):
+    """The runs: a list of dict(row, seed, folder, command, and below), seed by seed, so that whoever stops
+    early has a whole table of fewer seeds. extra: flags for the training alone. steps: {step: its words} of
+    those behind the training, names: {step: its name}, lacks: what --places does not give them; ckpt: what
+    takes the training's place; made: of follow; measured: whether a column wants its measures."""
+    made = bool(data.find_set(args.data).make)
+    where = ["--data-dir", args.data_dir] if args.data_dir else []
+    source = ["--data", args.data, *where]
+    given = []
+    for flag, value in ("--workers", args.workers), ("--device", args.device):
+        given += [flag, str(value)] if value is not None else []
+    said = [*shlex.split(experiment["flags"]), *source, *given, *args.given_recipe, *extra]
+    measured = any(path.startswith("run/") for path in experiment["columns"].values())
     runs = []
-    for seed in seeds:
+    for seed in args.seeds:
         for row, line in experiment["rows"].items():
-            name = re.sub("[^a-z0-9]+", "-", row.lower()).strip("-")
-            folder = Path(out) / f"{name}-seed{seed}"
-            script, *flags = shlex.split(line)
-            command = [script, *shlex.split(experiment["flags"]), *given, *extra, *flags]
+            folder = Path(args.out) / f"{slug(row)}-seed{seed}"
+            script, *flags = shlex.split(multiply(line, said, args.recipe))
+            command = [script, *said, *flags] if trains(line) else [args.ckpt, *source]
             command += ["--seed", str(seed), "--out", str(folder)]
-            probes = {}
-            for step in experiment.get("after", {}).get(row, []):
-                probes[step] = [*shlex.split(step), *given, "--ckpt", str(folder)]
-            runs.append(dict(row=row, seed=seed, folder=folder, command=command, probes=probes))
+            run = dict(row=row, seed=seed, folder=folder, command=command, ckpt=args.ckpt, steps={},
+                       lacks=set(), names=follow(experiment, row, made), made=made, measured=measured)
+            places = {**args.places, "run": str(folder)}
+            for step in run["names"]:
+                lacks = set(re.findall(PLACE, step)) - places.keys()
+                run["lacks"] |= lacks
+                if not lacks:
+                    words = [word.format_map(places) for word in shlex.split(step)]
+                    words += given if "--data" in words else ["--data", args.probe_data, *where, *given]
+                    words += [] if "--ckpt" in words else ["--ckpt", str(folder)]
+                    if run["ckpt"]:                     # else the seed is that of the training
+                        words += ["--seeds", str(seed)]
+                    run["steps"][step] = words
+            runs.append(run)
     return runs
 
 
@@ -212,50 +165,79 @@ def begun(run):
 
 
 def finished(run):
-    """The results of a run, with its measures where the experiment probes it further, or None if it is not
+    """{path: number} of what a run and the steps behind it have found, or None if its training is not
     finished. Raises UserError if the folder holds a run of another command."""
-    command, versions = begun(run)
-    results = read(run["folder"] / "results.json")
+    command, _ = begun(run)
+    folder = run["folder"]
+    end = folder / ("results.json" if run["made"] else "curves.png")    # what a training writes last
+    results = read(folder / "results.json")
     same = command[:-2] == run["command"][:-2]          # but for --out: it may move
-    if not same and (results or (run["folder"] / "latest.pt").is_file()):
-        raise UserError(f"{run['folder']} holds a run of another command; give another --out, or remove it")
-    if not same or not results:
+    trained = results if run["made"] else end.is_file()
+    if not same and (trained or (folder / "latest.pt").is_file()):
+        raise UserError(f"{folder} holds a run of another command; give another --out, or remove it")
+    if run["ckpt"]:
+        return numbers(run, {})
+    if not same or not trained:
         return None
-    results["versions"] = versions
-    if run["probes"]:
-        results.update(measures(run, results))
-    return results
+    return {**numbers(run, results or {}), **(measures(run, results) if run["measured"] else {})}
+
+
+def numbers(run, results):
+    """{path: number}: of results.json, and of the rows that the steps behind a training wrote, each below the
+    name of its step."""
+    flat = tables.flatten(results)
+    for step, rows in probed(run).items():
+        for row in rows:
+            above = [run["names"][step]]
+            if "*" in step:
+                above.append(str(row["step"]))
+            if "tested" not in row:                     # of pixels.py or retrieval.py
+                flat.update(tables.flatten(row, *above))
+                continue
+            if row["head"] not in (*heads.ON_EMBEDDING, "regression"):
+                above.append("attentive")
+            flat["/".join((*above, row["tested"]))] = row["value"]
+    return flat
 
 
 def probed(run):
-    """The rows of probe.jsonl that the run's probes have written: {step: row}."""
-    rows = read(run["folder"] / "probes.json") or {}
-    return {step: rows[step] for step in run["probes"] if is_row(rows.get(step))}
+    """The rows that a run's steps have written, of the set that they are now asked on: {step: rows}."""
+    kept = read(run["folder"] / "steps.json") or {}
+    found = {}
+    for step, words in run["steps"].items():
+        rows = kept.get(step)
+        if are_rows(rows) and rows[0].get("data") == words[words.index("--data") + 1]:
+            found[step] = rows
+    return found
 
 
-def is_row(row):
-    """Whether this is a row of probe.jsonl that says what is taken from it here."""
-    if not isinstance(row, dict) or row.get("baseline") not in (None, "untrained"):
+def are_rows(rows):
+    """Whether these are rows of probe.jsonl or retrieval.jsonl that say what is taken from them here."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return False
-    numbers = [row.get("value"), row.get("seconds")]
-    return isinstance(row.get("modality"), str) and all(isinstance(x, (int, float)) for x in numbers)
+    for row in rows:
+        values = [row.get("seconds"), row.get("step"), row.get("value", 0)]
+        names = [row.get("head", ""), row.get("tested", "")]
+        if not all(isinstance(x, (int, float)) for x in values) or not all(isinstance(x, str) for x in names):
+            return False
+    return bool(rows)
 
 
-def last_row(file):
-    """The last row of a probe.jsonl, None where it is broken."""
+def new_rows(file, before):
+    """The rows of a .jsonl file from a byte on, [] where one of them is broken."""
     try:
-        row = json.loads(file.read_bytes().splitlines()[-1])
-    except (ValueError, IndexError):
-        return None
-    return row if is_row(row) else None
+        rows = [json.loads(line) for line in file.read_bytes()[before:].splitlines()]
+    except (OSError, ValueError):
+        return []
+    return rows if are_rows(rows) else []
 
 
 def missing(run):
     """The steps that a run still needs, in their order."""
-    if not finished(run):
-        return [TRAIN, *run["probes"]]
+    if finished(run) is None:
+        return [TRAIN, *run["steps"]]
     rows = probed(run)
-    return [step for step in run["probes"] if step not in rows]
+    return [step for step in run["steps"] if step not in rows]
 
 
 @functools.lru_cache(None)
@@ -264,10 +246,9 @@ def sizes(folder):
     of: neither the teacher nor a buffer is among them."""
     moments = common.load_checkpoint(folder)["optimizer"]["state"].values()
     vit = common.load_encoder(folder).vit
-    tokens = {f"{modality} tokens of a clip": vit.num(modality) for modality in vit.grids}
     return {"parameters of the encoder": sum(p.numel() for p in vit.parameters()),
             "parameters trained": sum(moment["exp_avg"].numel() for moment in moments),
-            **tokens}
+            **{f"{modality} tokens of a clip": vit.num(modality) for modality in vit.grids}}
 
 
 def step_times(log):
@@ -285,271 +266,234 @@ def step_times(log):
 
 
 def measures(run, results):
-    """What results.json lacks: {"attentive": {trained or untrained: {modality: top-1}}, "run": {measure:
-    value}}."""
-    table = {"trained": {}, "untrained": {}}
-    rows = probed(run)
-    for row in rows.values():
-        table[row["baseline"] or "trained"][row["modality"]] = row["value"]
+    """Of a finished run {"run/measure": number}."""
     seconds, minutes = step_times(read_log(run["folder"]))
     values = {**sizes(run["folder"]), "seconds a step": seconds, "minutes of training": minutes}
-    if "seconds" in results:
+    if results and "seconds" in results:
         values["minutes of evaluation"] = results["seconds"] / 60
-    if len(rows) == len(run["probes"]):
-        values["minutes of attentive probes"] = sum(row["seconds"] for row in rows.values()) / 60
-    return {"attentive": table, "run": values}
+    rows = probed(run)
+    if rows and len(rows) == len(run["steps"]):
+        values["minutes of the steps after"] = sum(map(seconds_of, rows.values())) / 60
+    return tables.flatten({"run": values})
+
+
+def seconds_of(rows):
+    """That a step took: the rows of one checkpoint say it each."""
+    return sum({row["step"]: row["seconds"] for row in rows}.values())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How long it takes
+# ----------------------------------------------------------------------------------------------------------
+
+def pace(run):
+    """(seconds a step, steps done, steps in all) of a run that has begun, by its log and its output, or
+    None."""
+    log = read_log(run["folder"])
+    seconds, _ = step_times(log)
+    output = run["folder"] / "output.txt"
+    text = output.read_text("utf-8", "replace") if output.is_file() else ""
+    said = re.findall(r"([\d,]+) steps of \d+ clips", text)
+    return (seconds, log[-1]["step"] + 1, int(said[-1].replace(",", ""))) if said and seconds else None
+
+
+def estimate(runs, left, jobs):
+    """How long the steps left [(run, steps)] take, in words: by what the same have taken, and a training that
+    has not begun by the mean of the others."""
+    paces = {run["folder"]: known for run in runs if (known := pace(run))}
+    mean = [statistics.mean(column) for column in zip(*paces.values())]
+    took = {}
+    for run in runs:
+        for step, rows in probed(run).items():
+            took.setdefault(step, []).append(seconds_of(rows))
+    times = []
+    for run, steps in left:
+        for step in steps:
+            if step == TRAIN and paces:
+                each, done, total = paces.get(run["folder"], (mean[0], 0, mean[2]))
+                times.append(each * max(0, total - done))
+            else:
+                times.append(statistics.mean(took[step]) if step in took else None)
+    known = [seconds for seconds in times if seconds is not None]
+    if not known:
+        return "how long it takes is not known: none of it has been run yet"
+    unknown = f" and {len(times) - len(known)} steps of which none has been run" if times != known else ""
+    return f"about {sum(known) / 60 / min(jobs, len(left)):.0f} min{unknown}, by the runs that there are"
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Run it
 # ----------------------------------------------------------------------------------------------------------
 
-def launch(run, step):
-    """Run a step of a run to its end; its output goes into the run's folder. Returns the exit code."""
-    script, *flags = run["command"] if step == TRAIN else run["probes"][step]
+def words_of(run, step):
+    """The words of a step, of which one with a * is the checkpoints that a run has kept."""
+    words = []
+    for word in run["command"] if step == TRAIN else run["steps"][step]:
+        words += sorted(map(str, run["folder"].glob(Path(word).name))) if "*" in word else [word]
+    return words
+
+
+def launch(run, step, words, device):
+    """Start a step of a run; its output goes into the run's folder. words: what runs a script."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device} if device else None
+    script, *flags = words_of(run, step)
+    command = [*words, str(Path(__file__).parent / script), *flags]
     with open(run["folder"] / "output.txt", "ab") as output:
-        command = [sys.executable, str(Path(__file__).parent / script), *flags]
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-        try:
-            return process.wait()
-        except BaseException:                           # Ctrl-C reached it as well: it saves, then ends
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            raise
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
 
-def train(run):
-    """Begin a run, or go on with it. Returns the exit code."""
+def begin(run):
+    """Make the folder of a run and note its command; one on --ckpt has a link to it."""
+    latest = run["folder"] / "latest.pt"
     run["folder"].mkdir(parents=True, exist_ok=True)
-    versions = []                                       # of the code, of all that trained it
-    if (run["folder"] / "latest.pt").is_file():
-        _, versions = begun(run)
+    versions = begun(run)[1] if latest.is_file() else []                # of the code, of all that trained it
     versions = list(dict.fromkeys([*versions, code_version()]))
-    (run["folder"] / "probes.json").unlink(missing_ok=True)                     # of a training before
     write(run["folder"] / "command.json", {"command": run["command"], "versions": versions})
-    return launch(run, TRAIN)
+    if run["ckpt"]:
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(common.checkpoint_file(run["ckpt"]).resolve())
+    else:
+        (run["folder"] / "steps.json").unlink(missing_ok=True)          # of a training before
+        (run["folder"] / "curves.png").unlink(missing_ok=True)
 
 
-def probe_run(run, step):
-    """Probe a finished run, and keep the row that this wrote. Returns the exit code."""
-    file = run["folder"] / "probe.jsonl"
-    before = file.stat().st_size if file.is_file() else 0
-    code = launch(run, step)
-    if code == 0 and file.is_file() and file.stat().st_size > before:
-        row = last_row(file)
-        if row:
-            write(run["folder"] / "probes.json", {**probed(run), step: row})
-    return code
+class Job:
+    """What is left of a run, on a device: one step after the other."""
+    def __init__(self, run, steps, device):
+        self.run = run
+        self.steps = list(steps)
+        self.device = device                            # of CUDA_VISIBLE_DEVICES, None: as it is
+
+    def start(self, experiment, words):
+        """The next step. words: what runs a training, which may be several processes."""
+        self.step = self.steps.pop(0)
+        self.began = time.time()
+        self.before = tables.tabulate(experiment, found([self.run])).get(self.run["row"], {})
+        if self.step == TRAIN or self.run["ckpt"]:
+            begin(self.run)
+        searches = self.step.startswith("retrieval.py")
+        self.file = self.run["folder"] / ("retrieval.jsonl" if searches else "probe.jsonl")
+        self.size = self.file.stat().st_size if self.file.is_file() else 0
+        alone = self.step != TRAIN and "finetune" not in self.step
+        self.process = launch(self.run, self.step, [sys.executable] if alone else words, self.device)
+
+    def end(self):
+        """Keep the rows that the step wrote; what went wrong, or None. Nothing follows a training that
+        failed."""
+        code = self.process.poll()
+        rows = new_rows(self.file, self.size) if self.step != TRAIN and not code else []
+        if rows:
+            write(self.run["folder"] / "steps.json", {**probed(self.run), self.step: rows})
+        if not code and self.step not in missing(self.run):
+            return None
+        if self.step == TRAIN:
+            self.steps = []
+        return f"failed (exit code {code})" if code else "was stopped before its end"
 
 
 def name_of(run, step):
     """What the screen calls a step of a run."""
     name = f"{run['row']}, seed {run['seed']}"
-    if step == TRAIN:
-        return name
-    args = probe.get_args(run["probes"][step][1:])
-    return f"{name}, {args.probe} probe, {args.modality}, {args.baseline or 'trained'}"
+    return name if step == TRAIN else f"{name}, {run['names'][step]}: {step}"
 
 
-def show_left(run, steps):
-    """Name what is left of a run."""
-    if steps[0] == TRAIN:                               # the probes' lines would be many
-        then = f", then {len(steps) - 1} probes of it" if len(steps) > 1 else ""
-        print(f"  left: {name_of(run, TRAIN)}: {shlex.join(run['command'])}{then}", flush=True)
+def show_left(run, steps, words):
+    """Name what is left of a run. words: what starts a training."""
+    if steps[0] == TRAIN:                               # the steps behind it would be many
+        then = f", then {len(steps) - 1} steps on it" if len(steps) > 1 else ""
+        print(f"  left: {name_of(run, TRAIN)}: {words} {shlex.join(run['command'])}{then}", flush=True)
         return
     for step in steps:
-        print(f"  left: {name_of(run, step)}: {shlex.join(run['probes'][step])}", flush=True)
+        print(f"  left: {name_of(run, step)}: python {shlex.join(run['steps'][step])}", flush=True)
 
 
-def new_values(experiment, run, before):
-    """The values, for the screen, that a run has and had not `before`; of those that the picture shows, if
-    there are any."""
-    cells = tabulate(experiment, [run])[run["row"]]
-    shown = []
-    for _, columns, _ in panels_of(experiment).values():
-        shown += columns
-    new = [column for column in cells if column not in before]
+def new_values(experiment, job):
+    """The values, for the screen, that a run has and had not before a step; of those that the picture shows,
+    if there are any."""
+    cells = tables.tabulate(experiment, found([job.run])).get(job.run["row"], {})
+    shown = sum((columns for _, columns, _ in tables.panels_of(experiment).values()), [])
+    new = [column for column in cells if column not in job.before]
     new = [column for column in new if column in shown] or new
-    return ", ".join(f"{column} {number(experiment, column, cells[column]['mean'])}" for column in new)
+    new = [f"{column} {tables.number(experiment, column, cells[column]['mean'])}" for column in new]
+    return ", ".join(new) or "done"
 
 
-def run_all(experiment, jobs):
-    """Run the jobs [(run, step)] one after the other, and say how each ends. Returns the runs that did not
-    finish."""
+def share_devices(jobs):
+    """What CUDA_VISIBLE_DEVICES is to be for each of several jobs, round and round; None: as it is."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    names = names.split(",") if jobs > 1 and names else [None]
+    return [names[job % len(names)] for job in range(jobs)]
+
+
+def run_all(experiment, left, args):
+    """Run what is left [(run, steps)], --jobs runs at a time, and say how each step ends. Returns the runs
+    that did not finish."""
     began = time.time()
+    waiting = [*left]
+    todo = sum(len(steps) for _, steps in left)
+    words = args.launch.split() if args.launch else [sys.executable]
+    free = share_devices(args.jobs)
+    active = []
     failed = []
-    for done, (run, step) in enumerate(jobs, 1):
-        if run in failed and not finished(run):         # it failed in training: there is nothing to probe
-            continue
-        clock = time.time()
-        before = tabulate(experiment, [run]).get(run["row"], {})
-        code = train(run) if step == TRAIN else probe_run(run, step)
-        if code or step in missing(run):
-            if run not in failed:
-                failed.append(run)
-            how = f"failed (exit code {code})" if code else "was stopped before its end"
-            print(f"{name_of(run, step)} {how}: see {run['folder']}/output.txt", flush=True)
-            continue
-        left = len(jobs) - done
-        rest = (time.time() - began) / done * left
-        print(f"{name_of(run, step)}: {new_values(experiment, run, before)} ({time.time() - clock:.0f} s; "
-              f"{left} runs left, about {rest / 60:.0f} min)", flush=True)
+    done = 0
+    try:
+        while waiting or active:
+            while waiting and free:
+                job = Job(*waiting.pop(0), free.pop(0))
+                job.start(experiment, words)
+                active.append(job)
+            time.sleep(0.02)
+            for job in [job for job in active if job.process.poll() is not None]:
+                done += 1
+                behind = len(job.steps)
+                trouble = job.end()
+                todo -= 1 + behind - len(job.steps)
+                name = name_of(job.run, job.step)
+                rest = (time.time() - began) / done * todo / 60
+                if trouble:
+                    failed += [job.run] if job.run not in failed else []
+                    print(f"{name} {trouble}: see {job.run['folder']}/output.txt", flush=True)
+                else:
+                    print(f"{name}: {new_values(experiment, job)} ({time.time() - job.began:.0f} s; {todo} "
+                          f"steps left, about {rest:.0f} min)", flush=True)
+                if job.steps:
+                    job.start(experiment, words)
+                else:
+                    active.remove(job)
+                    free.append(job.device)
+    except BaseException:                               # Ctrl-C reached them as well: they save, then end
+        for job in active:
+            job.process.send_signal(signal.SIGTERM)
+        for job in active:
+            job.process.wait()
+        raise
     return failed
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The table and the picture
-# ----------------------------------------------------------------------------------------------------------
-
-def look_up(results, path):
-    """The number at a path (keys with a slash between them), or None."""
-    for key in path.split("/"):
-        results = results.get(key) if isinstance(results, dict) else None
-    return results if isinstance(results, (int, float)) else None
-
-
-def spread(values):
-    """(mean, probe.spread)"""
-    return sum(values) / len(values), probe.spread(values)
-
-
-def tabulate(experiment, runs):
-    """{row: {column: {mean, std, values by seed}}} of what is finished; a column that the runs of a row
-    lack is left out."""
-    table = {}
-    for run in runs:
-        results = finished(run)
-        if not results:
-            continue
-        cells = table.setdefault(run["row"], {})
-        for column, path in experiment["columns"].items():
-            value = look_up(results, path)
-            if value is not None:
-                cell = cells.setdefault(column, {"values": {}})
-                cell["values"][run["seed"]] = value
-                cell["mean"], cell["std"] = spread(list(cell["values"].values()))
-    return table
-
-
-def format_of(experiment, column):
-    return experiment.get("formats", {}).get(column, "")
-
-
-def number(experiment, column, value):
-    return format(value, format_of(experiment, column) or ".1f")
-
-
-def cell_text(experiment, column, cell):
-    """Mean ± standard deviation over the seeds, and of percentages the single values."""
-    mean = number(experiment, column, cell["mean"])
-    if cell["std"] is None or "," in format_of(experiment, column):
-        return mean
-    text = f"{mean} ± {number(experiment, column, cell['std'])}"
-    if format_of(experiment, column):
-        return text
-    values = [number(experiment, column, value) for value in cell["values"].values()]
-    return f"{text} ({', '.join(values)})"
-
-
-def markdown(experiment, table):
-    """The table as Markdown; – where a row has no such value. An experiment with panels has many measures:
-    there the rows are its columns."""
-    lines = [["", *experiment["columns"], "seeds"]]
-    for row, cells in table.items():
-        line = [row]
-        seeds = {}
-        for column in experiment["columns"]:
-            cell = cells.get(column)
-            line.append(cell_text(experiment, column, cell) if cell else "–")
-            seeds.update(cell["values"] if cell else {})
-        lines.append([*line, ", ".join(map(str, seeds))])
-    if "panels" in experiment:
-        lines = list(zip(*lines))
-    rule = "|---" * len(lines[0]) + "|"
-    texts = ["| " + " | ".join(line) + " |" for line in lines]
-    texts.insert(1, rule)
-    return "\n".join(texts).replace("|  |", "| |") + "\n"
-
-
-def panels_of(experiment):
-    """{title: (unit, columns, the column of chance)}; one for all columns where the experiment names none."""
-    columns = [column for column in experiment["columns"] if not column.endswith(", untrained")]
-    return experiment.get("panels", {"": ("percent", columns, None)})
-
-
-def draw_bar(ax, x, width, cell, shade, label):
-    """A bar for the mean, a line for one standard deviation, a dot for each seed. shade: (number of the
-    column, how many there are), which its grey and its hatch tell."""
-    column, columns = shade
-    grey = str(0.45 + 0.45 * column / columns)
-    ax.bar(x, cell["mean"], 0.9 * width, color=grey, hatch=("", "//", "..")[column % 3], edgecolor="k",
-           yerr=cell["std"] or 0, capsize=4, label=label)
-    ax.plot([x] * len(cell["values"]), cell["values"].values(), "ko", ms=4, mfc="w")
-
-
-def draw_level(ax, x, width, cell):
-    """A thick line over a bar where the untrained encoder stands."""
-    ends = [x - 0.45 * width, x + 0.45 * width]
-    level = [cell["mean"], cell["mean"]]
-    ax.plot(ends, level, "w-", lw=6, solid_capstyle="butt", zorder=1.5)     # to be seen on the darkest bar
-    ax.plot(ends, level, "k-", lw=3, solid_capstyle="butt", zorder=1.6, label="untrained")
-
-
-def draw_panel(ax, table, unit, columns, chance):
-    """The columns side by side for each row."""
-    width = 0.8 / max(2, len(columns))
-    for r, cells in enumerate(table.values()):
-        for c, column in enumerate(columns):
-            x = r + (c - (len(columns) - 1) / 2) * width
-            if column in cells:
-                label = column.split(", ")[-1]
-                draw_bar(ax, x, width, cells[column], (c, len(columns)), label)
-            if f"{column}, untrained" in cells:
-                draw_level(ax, x, width, cells[f"{column}, untrained"])
-    levels = [cells[chance]["mean"] for cells in table.values() if chance in cells]
-    if levels:
-        ax.axhline(statistics.mean(levels), color="k", ls="--", lw=1, label="chance")
-    top = ax.get_ylim()[1]
-    ax.set(ylabel=unit, xlim=(-0.5, len(table) - 0.5), ylim=(0, 1.25 * top))    # room for the legend
-    ax.set_xticks(range(len(table)), [textwrap.fill(row, 18) for row in table])
-    if "percent" in unit and 1.25 * top > 100:
-        ax.set_yticks(range(0, 101, 20))
-    handles, labels = ax.get_legend_handles_labels()
-    handles = dict(zip(labels, handles))                # each name once
-    if len(columns) > 1 and handles:
-        ax.legend(handles.values(), handles, loc="upper center", ncol=len(handles), fontsize=9,
-                  columnspacing=1)
-
-
-def draw(experiment, table):
-    """The picture: the panels, two side by side."""
-    panels = panels_of(experiment)
-    across = min(2, len(panels))
-    down = math.ceil(len(panels) / 2)
-    width = across * (1.4 + 1.4 * len(table))
-    fig = Figure(figsize=(width, 4.5 * down), layout="tight")
-    axes = fig.subplots(down, across, squeeze=False)
-    for ax, (title, panel) in zip(axes.flat, panels.items()):
-        draw_panel(ax, table, *panel)
-        ax.set_title(title)
-    legend = "bars: mean over the seeds, whiskers: one standard deviation, dots: the seeds"
-    lines = [textwrap.fill(line, int(12 * width)) for line in (experiment["title"], legend)]
-    fig.suptitle("\n".join(lines), fontsize=10)
-    return fig
+def found(runs):
+    """[(row, seed, {path: number})] of the runs that have finished."""
+    each = [(run["row"], run["seed"], finished(run)) for run in runs]
+    return [(row, seed, numbers) for row, seed, numbers in each if numbers]
 
 
 def write_table(experiment, table, runs, flags, out):
     """Write table.json, table.md and table.png of what is finished, and show the table."""
     versions = set()
+    lacking = {}
     for run in runs:
-        results = finished(run)
-        versions.update(results["versions"] if results else [])
+        versions.update(begun(run)[1] if finished(run) else [])
+        if missing(run):
+            lacking.setdefault(run["row"], []).append(str(run["seed"]))
+    there = [run["row"] for run in runs]
+    lacking.update({row: ["all"] for row in experiment["rows"] if row not in there})
     write(out / "table.json", {
         "title": experiment["title"], "commands": experiment["rows"],
-        "flags": [*shlex.split(experiment["flags"]), *flags], "versions": sorted(versions), "rows": table})
-    text = markdown(experiment, table)
+        "flags": [*shlex.split(experiment["flags"]), *flags], "versions": sorted(versions), "rows": table,
+        "paper": experiment["paper"], "source": experiment["source"]})
+    text = f"{tables.markdown(experiment, table)}\n{tables.notes(experiment, table, lacking)}".rstrip() + "\n"
+    picture = tables.draw(experiment, table)
     replace_file(out / "table.md", lambda file: file.write(text.encode()))
-    replace_file(out / "table.png", lambda file: draw(experiment, table).savefig(file, format="png", dpi=110))
+    replace_file(out / "table.png", lambda file: picture.savefig(file, format="png", dpi=110))
     print(f"\n{experiment['title']}\n\n{text}\n{out}/table.md, table.json, table.png")
     if len(versions) > 1:
         print(f"the runs are of different versions of the code: {', '.join(sorted(versions))}")
@@ -558,31 +502,86 @@ def write_table(experiment, table, runs, flags, out):
 # ----------------------------------------------------------------------------------------------------------
 
 def get_args(argv=None):
-    """(args, flags that are not ours, for each run)."""
+    """(args, flags that are not ours, for each run). args.recipe is the one that the runs have."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
     parser.add_argument("experiment", choices=tuple(EXPERIMENTS))
     add = parser.add_argument_group("data").add_argument
-    add("--data-dir", help="of each run and its probes: folder with the clips (default: theirs)")
+    add("--data", default="toy", help="of each run and the steps behind it")
+    add("--data-dir", help="of each run and the steps behind it: folder with the clips (default: theirs)")
+    add("--probe-data", help="set that the steps behind a training read, such as audioset-20k, in the same "
+        "folder (default: --data)")
+    add("--places", nargs="+", metavar="NAME=PATH", help="folders of further sets, or a list of "
+        "ids, that steps behind the runs read; steps that lack theirs are left out (default: none)")
     add = parser.add_argument_group("run").add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of each row for each")
-    add("--out", help="folder of its runs, table and picture (default: runs/EXPERIMENT)")
+    add("--row", action="append", metavar="ROW",
+        help="run this row alone, by its name or its folder's; may be given several times (default: all)")
+    add("--out", help="folder of its runs, table and picture (default: runs/EXPERIMENT, on other data than "
+        "the toy runs/EXPERIMENT-DATA)")
+    add("--ckpt", help="checkpoint for rows that train nothing (default: none)")
+    add("--recipe", choices=COLUMNS, help="of each run (default: toy for the toy sets, else paper)")
     add("--dry-run", action="store_true", help="show what is finished and what is left, and run nothing")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", help="of each run and its probes: auto, cpu, mps or cuda (default: theirs)")
-    add("--workers", type=int, help="of each run and its probes: processes that decode (default: theirs)")
-    args, extra = parser.parse_known_args(argv)
-    for word in extra:
-        if word.split("=")[0] in ("--data", "--fresh", "--resume", "--seed"):
+    add("--launch", help='what starts a training or fine-tuning, such as "torchrun --nproc_per_node=8" '
+        "(default: this Python)")
+    add("--jobs", type=int, default=1, help="runs at the same time; of several GPUs each has one")
+    add("--device", help="of each run and the steps behind it: auto, cpu, mps or cuda (default: theirs)")
+    add("--workers", type=int,
+        help="of each run and the steps behind it: processes that decode (default: theirs)")
+    args, unknown = parser.parse_known_args(argv)
+    extra = []
+    for word in unknown:
+        if word.split("=")[0] in ("--fresh", "--resume", "--seed"):
             raise UserError(f"{word}: an experiment decides that itself; leave it out")
+        extra += word.split("=", 1) if word.startswith("--") else [word]
     for seed in args.seeds:
         check_range("--seeds", seed, 0, 2 ** 31)
         if args.seeds.count(seed) > 1:
             raise UserError(f"--seeds: {seed} is given twice, which is one run; give each seed once")
     check_range("--workers", args.workers or 0, 0, 1024)
+    check_range("--jobs", args.jobs, 1, 1024)
     if args.device is not None:
         choose_device(args.device)
+    args.probe_data = args.probe_data or args.data
+    data.find_set(args.probe_data)
+    args.given_recipe = ["--recipe", args.recipe] if args.recipe else []
+    args.recipe = args.recipe or ("toy" if data.find_set(args.data).make else "paper")
+    args.out = args.out or f"runs/{args.experiment}" + (f"-{args.data}" if args.data != "toy" else "")
+    check_fit(args, choose(args))
     return args, extra
+
+
+def check_fit(args, experiment):
+    """UserError where flags do not fit each other or the experiment; makes --row names of rows and --places a
+    dict of what is there."""
+    words = (args.launch or "").split()
+    if words and args.jobs > 1:
+        raise UserError("--jobs: with --launch a run has all devices; leave one of them out")
+    if words and not args.dry_run and not shutil.which(words[0]):
+        raise UserError(f"--launch: there is no command {words[0]} here")
+    rows = {slug(row): row for row in experiment["rows"]}
+    for row in args.row or ():
+        if slug(row) not in rows:
+            raise UserError(f"--row {row}: {args.experiment} has no such row, but {', '.join(rows)}")
+    args.row = [rows[slug(row)] for row in args.row] if args.row else list(experiment["rows"])
+    if args.ckpt is None and not all(map(trains, experiment["rows"].values())):
+        raise UserError(f"{args.experiment} trains nothing; give --ckpt, the checkpoint that it probes")
+    if args.ckpt is not None and any(map(trains, experiment["rows"].values())):
+        raise UserError(f"--ckpt has no effect on {args.experiment}, whose rows are trained; leave it out")
+    if args.ckpt is not None and not common.checkpoint_file(args.ckpt).is_file():
+        raise UserError(f"--ckpt {args.ckpt}: there is no such checkpoint")
+    lines = " ".join([*experiment["rows"].values(), *sum(experiment["after"].values(), [])])
+    known = set(re.findall(PLACE, lines)) - {"run"}
+    places = {}
+    for word in args.places or ():
+        name, _, path = word.partition("=")
+        if name not in known:
+            raise UserError(f"--places {word}: not NAME=PATH; names of {args.experiment}: "
+                            f"{', '.join(sorted(known)) or 'none'}")
+        if os.path.exists(path):
+            places[name] = path
+    args.places = places
 
 
 def check_out(out):
@@ -600,35 +599,36 @@ def check_out(out):
 
 def main(argv=None):
     args, extra = get_args(argv)
-    given = []
-    for flag, value in ("--data-dir", args.data_dir), ("--workers", args.workers), ("--device", args.device):
-        if value is not None:
-            given += [flag, str(value)]
-    experiment = EXPERIMENTS[args.experiment]
-    out = Path(args.out or f"runs/{args.experiment}")
+    experiment = choose(args)
+    sets = " and ".join(dict.fromkeys((args.data, args.probe_data)))
+    experiment["title"] += "" if args.ckpt else f" ({sets})"
+    out = Path(args.out)
     check_out(out)
-    runs = plan(experiment, args.seeds, out, given, extra)
-    left = [(run, missing(run)) for run in runs]
-    left = [(run, steps) for run, steps in left if steps]
-    print(f"{args.experiment}: {len(runs) - len(left)} of {len(runs)} runs finished", flush=True)
-    jobs = []
+    runs = plan(experiment, args, extra)
+    for row, names in {run["row"]: run["lacks"] for run in runs if run["lacks"]}.items():
+        print(f"left out of {row}: what needs {', '.join(sorted(names))}; give --places NAME=PATH of it")
+    runs = [run for run in runs if run["steps"] or not run["ckpt"]]
+    asked = [run for run in runs if run["row"] in args.row]
+    left = [(run, steps) for run in asked if (steps := missing(run))]
+    print(f"{args.experiment}: {len(asked) - len(left)} of {len(asked)} runs finished", flush=True)
     for run, steps in left:
-        show_left(run, steps)
-        jobs += [(run, step) for step in steps]
+        show_left(run, steps, args.launch or "python")
+    if left:
+        print(f"  {estimate(runs, left, args.jobs)}", flush=True)
     if args.dry_run:
         return
     try:
-        failed = run_all(experiment, jobs)
-        table = tabulate(experiment, runs)
+        failed = run_all(experiment, left, args)
+        table = tables.tabulate(experiment, found(runs))
         if not table:
             raise UserError(f"no run of {args.experiment} has finished; the reason stands in "
                             f"{out}/*/output.txt")
-        write_table(experiment, table, runs, [*given, *extra], out)
+        write_table(experiment, table, runs, extra, out)
     except OSError as e:                                # a disk that is full or read-only
         raise UserError(f"{e.filename or out}: cannot be written ({e.strerror or e}); the same command goes "
                         "on from what is there") from None
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs did not finish, their rows lack them; the same "
+        raise UserError(f"{len(failed)} of {len(asked)} runs did not finish, their rows lack them; the same "
                         "command tries them again")
 
 

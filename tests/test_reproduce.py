@@ -2,7 +2,9 @@
 import importlib
 import json
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +14,16 @@ from test_probe import full_disk
 
 import common
 import data
+import experiments
 import mjepa
 import probe
 import reproduce
 import run
+import tables
 
 SCRIPT = """
 import json, os, pathlib, shutil, signal, sys, time
+began = time.time()
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 here, out = pathlib.Path(sys.argv[0]).parent, pathlib.Path(flags["--out"])
 with open(here / "order.txt", "a") as f: f.write(out.name + "\\n")
@@ -35,6 +40,10 @@ value = float(flags["--way"]) + float(flags["--seed"]) ** 2
 trained = {"audio": value, **({"video": float(flags["--video"])} if "--video" in flags else {})}
 if (here / flags["--way"]).is_dir(): shutil.copy(here / flags["--way"] / "latest.pt", out)
 (out / "log.jsonl").write_text('{"step": 1, "ms_step": 3000}\\n{"step": 5, "ms_step": 9000}\\n')
+print("1,206 steps of 64 clips, bf16")
+(out / "device.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+(out / "times.txt").write_text(f"{began} {time.time()}")
+if flags["--data"] != "toy": (out / "curves.png").touch(); sys.exit()
 (out / "results.json").write_text(json.dumps({
     "trained": trained, "untrained": {"audio": 5.0}, "raw input": {"audio": 30.0}, "chance": {"audio": 12.5},
     "seconds": 90}))
@@ -42,17 +51,23 @@ if (here / flags["--way"]).is_dir(): shutil.copy(here / flags["--way"] / "latest
 PROBE = """
 import json, pathlib, sys
 flags = dict(zip(sys.argv, sys.argv[1:]))
-key, baseline, here = flags["--modality"], flags.get("--baseline"), pathlib.Path(sys.argv[0]).parent
+key, baseline, here = flags.get("--modality"), flags.get("--baseline"), pathlib.Path(sys.argv[0]).parent
 folder, broken = pathlib.Path(flags["--ckpt"]), here / "broken.txt"
+head = "attentive" if "attentive" in flags else "standardised"
 with open(here / "order.txt", "a") as f: f.write(f"{folder.name}:{key}:{baseline}\\n")
 if broken.is_file() and broken.read_text() == key: sys.exit("this probe is broken")
-row = {"modality": key, "baseline": baseline, "value": 40.0 if baseline else 80.0, "seconds": 30}
+row = {"head": head, "tested": key, "value": 40.0 if baseline else 80.0, "seconds": 30, "step": 7}
+row["data"] = flags["--data"]
 line = json.dumps(row).encode()
 odd = here / "line.txt"
 if odd.is_file() and (key, baseline) == ("video", None): line = odd.read_bytes()
 with open(folder / "probe.jsonl", "ab") as f: f.write(line + b"\\n")
 """
+STEP = f"{experiments.QUICK} --modality video"
 BOTH = ["ten-seed0", "twenty-and-more-seed0"]
+
+
+ENTRY = dict(flags="", after={}, only={}, formats={}, paper={}, source="", rivals=False)
 
 
 @pytest.fixture
@@ -63,13 +78,11 @@ def start(tmp_path, monkeypatch):
     (tmp_path / "probe.py").write_text(PROBE)
     monkeypatch.setattr(reproduce, "__file__", str(tmp_path / "reproduce.py"))
     rows = {"ten": "script.py --way 10", "twenty and more": "script.py --way 20"}
-    after = {"ten": reproduce.attentive("audio"),
-             "twenty and more": reproduce.attentive("audio", "video", "av")}
-    small = dict(title="What: of what", columns={"audio": "trained/audio"}, flags="", rows=rows)
-    methods = {**reproduce.EXPERIMENTS["methods"], "rows": rows, "after": after}
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"masking": small, "methods": methods})
+    small = dict(title="What: of what", columns={"audio": "trained/audio"}, rows=rows)
+    methods = {**reproduce.EXPERIMENTS["methods"], "rows": rows, "only": {"ten": "audio"}}
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"small": small, "methods": methods})
 
-    def start(*more, name="masking", seeds="0"):
+    def start(*more, name="small", seeds="0"):
         for way in ("10", "20") if name == "methods" else ():
             content = weights(write_checkpoint(tmp_path / way, video=way == "20"))
             content["optimizer"] = {"state": {0: {"exp_avg": torch.zeros(1234)}}}
@@ -105,7 +118,7 @@ def test_each_row_runs_once_for_each_seed_and_the_table_is_their_mean_and_spread
 
 
 def test_a_row_that_lacks_a_column_has_a_dash_in_the_table_and_no_bar_in_the_picture(start, tmp_path):
-    now = reproduce.EXPERIMENTS["masking"]
+    now = reproduce.EXPERIMENTS["small"]
     now["columns"] = {"video": "trained/video", "raw": "raw input/A->V/R@1", "audio": "trained/audio",
                       "audio, untrained": "untrained/audio"}
     now["rows"] = {**now["rows"], "twenty and more": "script.py --way 20 --video 3"}
@@ -114,7 +127,7 @@ def test_a_row_that_lacks_a_column_has_a_dash_in_the_table_and_no_bar_in_the_pic
     assert "| ten | – | – | 10.5 ± 0.7 (10.0, 11.0) | 5.0 ± 0.0 (5.0, 5.0) | 0, 1 |" in text
     assert "| twenty and more | 3.0 ± 0.0 (3.0, 3.0) | – | 20.5 ± 0.7 (20.0, 21.0) |" in text
     assert list(rows["ten"]) == ["audio", "audio, untrained"]
-    ax, = reproduce.draw(now, rows).axes
+    ax, = tables.draw({**ENTRY, **now}, rows).axes
     assert sorted(bar.get_height() for bar in ax.patches) == [3, 10.5, 20.5]
     assert {label.get_text() for label in ax.get_legend().get_texts()} == {"video", "audio", "untrained"}
 
@@ -140,7 +153,7 @@ def test_a_run_that_fails_is_named_and_not_probed_the_others_go_on_and_the_next_
 
 
 def test_runs_of_another_or_no_command_are_refused_but_not_those_that_never_began(start, tmp_path):
-    fails(start, "--sleep", "much", match="no run of masking")
+    fails(start, "--sleep", "much", match="no run of small")
     assert start() == BOTH
     fails(start, "--sleep", "0", match="another command")
     assert started(tmp_path) == []
@@ -157,8 +170,12 @@ def test_a_row_keeps_its_own_flags_and_a_folder_may_move(start, tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--fresh"], "decides that itself"), (["--data=folder"], "decides that itself"),
-    (["--seed", "3"], "decides that itself"),
+    (["--fresh"], "decides that itself"), (["--resume=auto"], "decides that itself"),
+    (["--seed", "3"], "decides that itself"), (["--data", "tous"], "--data tous: not a data set"),
+    (["--row", "blocks"], "--row blocks: .* no such row, but random-patches-75, "),
+    (["--places", "ids=x"], "--places ids=x: not NAME=PATH; names of ajepa-masking: none"),
+    (["--ckpt", "runs/x"], "--ckpt has no effect on ajepa-masking"), (["--jobs", "0"], "out of range"),
+    (["--jobs", "2", "--launch", "torchrun"], "with --launch a run has all devices"),
     (["--out", __file__], "cannot be made .*; give another --out"),
     (["--out", f"{__file__}/x"], "cannot be made"), (["--out", 300 * "x"], "cannot be made"),
     (["--seeds", "-1"], "--seeds -1 is out of range"), (["--seeds", "0", "99999999999"], "out of range"),
@@ -169,35 +186,36 @@ def test_what_an_experiment_cannot_take_is_refused_before_a_run_begins(
         flags, says, dry, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "launch", None)
-    fails(reproduce.main, ["masking", *dry, *flags], match=says)
+    fails(reproduce.main, ["ajepa-masking", *dry, *flags], match=says)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", [["--seeds", "²"], ["--seeds", "nan"], ["--seeds"], ["--workers", "two"]])
 def test_what_is_no_number_is_refused_by_the_parser(flags, capsys):
     with pytest.raises(SystemExit) as end:
-        reproduce.main(["masking", *flags])
+        reproduce.main(["ajepa-masking", *flags])
     assert end.value.code == 2 and f"error: argument {flags[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", [
-    b"", b"[1]", b'{"modality": "video"}', b"\xff",
-    b'{"modality": "video", "baseline": [], "value": 1, "seconds": 1}',
-    b'{"modality": "video", "baseline": null, "value": "1", "seconds": 1}'])
-def test_only_a_whole_row_of_a_probe_counts(line, tmp_path):
+    b"", b"[1]", b'{"tested": "video"}', b"\xff",
+    b'{"head": "linear", "tested": [], "value": 1, "seconds": 1, "step": 1}',
+    b'{"head": "linear", "tested": "av", "value": "1", "seconds": 1, "step": 1}'])
+def test_only_whole_rows_of_a_step_count(line, tmp_path):
     file = tmp_path / "probe.jsonl"
-    row = {"modality": "video", "baseline": None, "value": 80.0, "seconds": 30}
-    file.write_bytes(line + b"\n" + json.dumps(row).encode() + b"\n")
-    assert reproduce.last_row(file) == row
-    file.write_bytes(json.dumps(row).encode() + b"\n" + line + b"\n")
-    assert reproduce.last_row(file) is None
+    row = {"head": "linear", "tested": "video", "value": 80.0, "seconds": 30, "step": 5}
+    file.write_bytes(line + b"\n")
+    before = file.stat().st_size
+    with open(file, "ab") as f:
+        f.write(json.dumps(row).encode() + b"\n")
+    assert reproduce.new_rows(file, before) == [row] and reproduce.new_rows(file, 0) == []
 
 
 def test_a_broken_row_of_a_probe_is_a_probe_that_is_missing(start, tmp_path, capsys):
     (tmp_path / "line.txt").write_text('{"modality": "video", "value": 8')
     fails(start, name="methods", match="1 of 2 runs did not finish")
     shown = capsys.readouterr().out
-    assert "attentive probe, video, trained was stopped before its end" in shown
+    assert "trained: " + STEP + " was stopped before its end" in shown
     assert "| attentive probe, audio + video | – | 80.0 |" in shown
     (tmp_path / "line.txt").unlink()
     assert start(name="methods") == [f"{BOTH[1]}:video:None"]
@@ -206,7 +224,7 @@ def test_a_broken_row_of_a_probe_is_a_probe_that_is_missing(start, tmp_path, cap
 def test_broken_files_of_a_run_are_as_good_as_none(start, tmp_path):
     start(name="methods")
     ten, twenty = [tmp_path / "out" / name for name in BOTH]
-    (ten / "probes.json").write_text('{"a": 1, "' + reproduce.attentive("audio")[0] + '": [1]}')
+    (ten / "steps.json").write_text('{"a": 1, "' + STEP.replace("video", "audio") + '": [1]}')
     assert start(name="methods") == [f"{BOTH[0]}:audio:None", f"{BOTH[0]}:audio:untrained"]
     results = json.loads((twenty / "results.json").read_text())
     results.update(trained=[1], untrained={"audio": "5"})
@@ -233,11 +251,44 @@ def test_a_full_disk_is_a_sentence_and_the_older_table_stays_whole(start, tmp_pa
         *BOTH, "ten-seed4", *(file.name for file in files)}
 
 
+def planned(name, *flags):
+    """(the experiment, its runs of seed 0) by a command line."""
+    args, extra = reproduce.get_args([name, "--seeds", "0", "--workers", "0", *flags])
+    experiment = reproduce.choose(args)
+    return experiment, reproduce.plan(experiment, args, extra)
+
+
+@pytest.mark.parametrize("flags", ["", "--data vggsound --data-dir vggsound/"])
 @pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
-def test_the_scripts_take_the_commands_of_each_experiment(name, tmp_path):
-    for it in reproduce.plan(reproduce.EXPERIMENTS[name], [0], tmp_path, ["--workers", "0"], []):
-        for script, *flags in (it["command"], *it["probes"].values()):
-            importlib.import_module(Path(script).stem).get_args(flags)
+def test_the_scripts_take_the_commands_of_each_experiment(name, flags, tmp_path):
+    flags = flags.split()
+    if name == "mjepa-frozen":
+        flags += ["--ckpt", str(write_checkpoint(tmp_path / "run"))]
+        if "vggsound" in flags:
+            sets = ("audioset-20k", "esc50", "fsd50k", "kinetics400", "ssv2")
+            flags += ["--places", *(f"{name}={tmp_path}" for name in sets)]
+    if name == "avjepa-retrieval":
+        flags += ["--places", f"ids={tmp_path}"]
+    experiment, runs = planned(name, *flags)
+    assert len(runs) == len(experiment["rows"]) and not any(it["lacks"] for it in runs)
+    for it in runs:
+        for script, *words in ([] if it["ckpt"] else [it["command"]]) + [*it["steps"].values()]:
+            importlib.import_module(Path(script).stem).get_args(words)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "toy"])
+@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+def test_what_an_entry_says_of_rows_and_columns_is_of_its_own(name, recipe):
+    it = reproduce.choose(SimpleNamespace(experiment=name, recipe=recipe))
+    assert not set(it["only"]) - set(it["rows"]) and not set(it["formats"]) - set(it["columns"])
+    assert bool(it["paper"]) == bool(it["source"])
+    for row, numbers in it["paper"].items():
+        assert row in it["rows"] or recipe == "toy"
+        assert not set(numbers) - set(it["columns"])
+    for _, columns, chance in tables.panels_of(it).values():
+        assert not set(columns) - set(it["columns"]) and chance in (None, *it["columns"])
+    folders = [reproduce.slug(row) for row in it["rows"]]
+    assert len(set(folders)) == len(folders)
 
 
 def test_a_signal_reaches_the_run_under_way_which_saves_and_the_next_call_goes_on(start, tmp_path, handlers):
@@ -251,7 +302,7 @@ def test_a_signal_reaches_the_run_under_way_which_saves_and_the_next_call_goes_o
 def test_rows_are_trained_then_probed_and_are_the_columns_of_a_table_of_measures(start, tmp_path, capsys):
     assert start("--dry-run", name="methods", seeds="0 1 2") == [] and not (tmp_path / "out").exists()
     shown = capsys.readouterr().out
-    assert shown.count("left: ") == 6 and "then 6 probes of it" in shown
+    assert shown.count("left: ") == 6 and "then 6 steps on it" in shown
     order = start("--workers", "1", name="methods", seeds="0 1")
     assert order[:4] == ["ten-seed0", "ten-seed0:audio:None", "ten-seed0:audio:untrained", BOTH[1]]
     assert len(order) == len(set(order)) == 2 * (1 + 2 + 1 + 6)
@@ -268,7 +319,7 @@ def test_rows_are_trained_then_probed_and_are_the_columns_of_a_table_of_measures
                  "| minutes of evaluation | 1.5 ± 0.0 |",
                  "| minutes of attentive probes | 1.0 ± 0.0 | 3.0 ± 0.0 |"):
         assert line in text
-    fig = reproduce.draw(reproduce.EXPERIMENTS["methods"], rows)
+    fig = tables.draw({**ENTRY, **reproduce.EXPERIMENTS["methods"]}, rows)
     assert [ax.get_title() for ax in fig.axes] == list(reproduce.EXPERIMENTS["methods"]["panels"])
     assert sorted(bar.get_height() for bar in fig.axes[1].patches) == [80] * 4
     drawn = {tuple(line.get_ydata()) for line in fig.axes[1].lines if line.get_marker() == "None"}
@@ -280,28 +331,33 @@ def test_a_probe_that_fails_or_is_missing_is_named_and_alone_run_again(start, tm
     (tmp_path / "broken.txt").write_text("video")
     fails(start, name="methods", match="1 of 2 runs did not finish")
     shown = capsys.readouterr().out
-    assert "twenty and more, seed 0, attentive probe, video, trained failed (exit code 1)" in shown
+    assert f"twenty and more, seed 0, trained: {STEP} failed (exit code 1)" in shown
     assert "| attentive probe, audio + video | – | 80.0 |" in shown
     assert "| minutes of attentive probes | 1.0 | – |" in shown
     (tmp_path / "broken.txt").unlink()
     with open(tmp_path / "out" / BOTH[1] / "probe.jsonl", "a") as f:    # of another probe: does not count
-        f.write('{"modality": "video", "baseline": null, "value": 1.0, "seconds": 1}\n')
+        f.write('{"head": "attentive", "tested": "video", "value": 1.0, "seconds": 1, "step": 1}\n')
     assert start(name="methods") == [f"{BOTH[1]}:video:None", f"{BOTH[1]}:video:untrained"]
     assert table(tmp_path)[1]["twenty and more"]["attentive probe, video"]["mean"] == 80
 
 
 def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     """The scripts themselves, in this process."""
-    def launch(it, step):
-        script, *flags = it["command"] if step == reproduce.TRAIN else it["probes"][step]
+    def launch(it, step, words, device):
+        script, *flags = reproduce.words_of(it, step)
         importlib.import_module(Path(script).stem).main(flags)
+        return SimpleNamespace(poll=lambda: 0)
 
-    monkeypatch.setattr(reproduce, "launch", lambda it, step: launch(it, step) or 0)
+    monkeypatch.setattr(reproduce, "launch", launch)
     monkeypatch.setattr(run, "draw_curves", lambda *_: None)
     report = tmp_path / "out/it-seed0/results.json"
     monkeypatch.setattr(probe, "toy_report", lambda *_: report.write_text('{"chance": {"audio": 12.5}}'))
     monkeypatch.setattr(probe, "schedule", lambda protocol, clips: (8, 3))      # not 2,000 steps
-    one = dict(rows={"it": "mjepa.py --size nano"}, after={"it": reproduce.attentive("video")})
+    after = {**experiments.states(experiments.QUICK, experiments.PICTURE), "search": ["retrieval.py"],
+             "kept": ["probe.py --modality audio --ckpt {run}/step-*.pt"]}
+    columns = {**reproduce.EXPERIMENTS["methods"]["columns"], "search": "search/V->A/R@5",
+               "first": "kept/1/audio", "last": "kept/2/audio"}
+    one = dict(rows={"it": "mjepa.py --size nano --keep-every 1"}, only={}, after=after, columns=columns)
     monkeypatch.setitem(reproduce.EXPERIMENTS, "methods", {**reproduce.EXPERIMENTS["methods"], **one})
     words = ["methods", "--out", str(tmp_path / "out"), "--data-dir", str(toy),
              *"--seeds 0 --steps 2 --batch-size 4 --workers 0 --device cpu".split()]
@@ -309,6 +365,10 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     values = {column: cell["mean"] for column, cell in table(tmp_path)[1]["it"].items()}
     assert all(0 <= values[f"attentive probe, video{which}"] <= 100 for which in ("", ", untrained"))
     assert values["minutes of attentive probes"] >= 0 and values["seconds a step"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "out/it-seed0/probe.jsonl").read_text().splitlines()]
+    assert [values["first"], values["last"]] == [row["value"] for row in rows if row["probe"] == "linear"]
+    search = json.loads((tmp_path / "out/it-seed0/retrieval.jsonl").read_text())
+    assert values["search"] == search["V->A"]["R@5"]
     content = weights(tmp_path / "out/it-seed0")
     model = mjepa.make_model(content["recipe"], data.Inputs(**content["inputs"]))
     trained = [p for p in model.parameters() if p.requires_grad]            # neither teacher nor buffers
@@ -316,3 +376,167 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     assert values["parameters of the encoder"] == sum(p.numel() for p in model.context_encoder.parameters())
     assert values["video tokens of a clip"] == 32 and values["audio tokens of a clip"] == 24
     assert reproduce.step_times([]) == (None, None)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Spread, and the paper's numbers
+# ----------------------------------------------------------------------------------------------------------
+
+def test_differences_are_those_of_the_same_seeds_and_the_small_ones_are_named():
+    rng = np.random.default_rng(0)
+    values = {"first": rng.normal(50, 9, 4), "near": rng.normal(50, 9, 4)}
+    values["far"] = values["first"] + 5 + rng.normal(0, 1, 4)           # less than the spread of its seeds
+    it = {**ENTRY, "rows": dict.fromkeys(values, ""), "columns": {"top-1": "a", "raw, untrained": "b"}}
+    found = []
+    for seed in range(4):
+        for row, numbers in values.items():
+            if (row, seed) != ("first", 3):             # the others then lack a pair
+                found.append((row, seed, {"a": numbers[seed], "b": 1}))
+    table = tables.tabulate(it, found)
+    for row in ("near", "far"):
+        pairs = (values[row] - values["first"])[:3]
+        cell = table[row]["top-1"]["difference"]
+        np.testing.assert_allclose([cell["mean"], cell["std"]], [pairs.mean(), pairs.std(ddof=1)])
+        assert set(cell["values"]) == {0, 1, 2} and "difference" not in table[row]["raw, untrained"]
+    assert "difference" not in table["first"]["top-1"]
+    text, small = tables.differences(it, table)
+    far = table["far"]["top-1"]["difference"]
+    assert text.startswith("| difference to") and f"| far | {far['mean']:+.1f} ± {far['std']:.1f} |" in text
+    assert small == ["near, top-1"] and abs(table["near"]["top-1"]["difference"]["mean"]) < 9
+    assert "not shown by these seeds: near, top-1." in tables.notes(it, table, {})
+
+
+def test_the_papers_numbers_stand_beside_ours_in_italics_and_grey_and_each_seed_is_a_dot(start, tmp_path):
+    now = reproduce.EXPERIMENTS["small"]
+    now.update(paper={"ten": {"audio": 12.3}, "twenty and more": {"audio": 37.2}}, source="Table 9, mAP")
+    start(seeds="0 1 3")
+    text, rows = table(tmp_path)
+    assert "| ten | 13.3 ± 4.9 (10.0, 11.0, 19.0) *(12.3)* | 0, 1, 3 |" in text
+    assert "*(In italics)*: the paper's (Table 9, mAP): other data, other size." in text
+    ax, = tables.draw({**ENTRY, **now}, rows).axes
+    drawn = {line.get_marker(): [] for line in ax.lines}
+    for line in ax.lines:
+        drawn[line.get_marker()] += list(line.get_ydata())
+    assert drawn["D"] == [12.3, 37.2] and sorted(drawn["o"]) == [10, 11, 19, 20, 21, 29]
+    assert "other data, other size" in tables.draw({**ENTRY, **now}, rows).get_suptitle()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Any data, several at once, one row alone
+# ----------------------------------------------------------------------------------------------------------
+
+def test_on_other_data_probes_give_the_numbers_that_a_toy_run_gives_itself(start, tmp_path):
+    columns = {"audio": "trained/audio", "audio, untrained": "untrained/audio",
+               "attentive": "trained/attentive/video"}
+    after = {"trained": ["probe.py --probe attentive --modality video"]}
+    reproduce.EXPERIMENTS["small"].update(columns=columns, after=after, only={"ten": "audio"})
+    order = start("--data", "folder", "--data-dir", "clips")
+    assert sorted(order) == sorted([
+        BOTH[0], f"{BOTH[0]}:audio:None", f"{BOTH[0]}:audio:untrained", BOTH[1], f"{BOTH[1]}:video:None",
+        f"{BOTH[1]}:audio:None", f"{BOTH[1]}:audio:untrained"])
+    text, _ = table(tmp_path)
+    assert "| ten | 80.0 | 40.0 | – | 0 |" in text and "| twenty and more | 80.0 | 40.0 | 80.0 | 0 |" in text
+    assert "What: of what (folder)" in (tmp_path / "out/table.json").read_text()
+    assert start("--data", "folder", "--data-dir", "clips") == []
+    other = ["--data", "folder", "--data-dir", "clips", "--probe-data", "toy"]
+    assert len(start(*other)) == 5                      # the probes alone: they are of another set
+    (tmp_path / "out/ten-seed0/curves.png").unlink()                    # stopped before its end
+    assert start("--data", "folder", "--data-dir", "clips")[0] == BOTH[0]
+    fails(start, "--data", "folder", "--data-dir", "others", match="another command")
+
+
+def test_an_encoder_of_one_modality_is_asked_for_that_alone():
+    _, runs = planned("methods", "--data", "vggsound")
+    steps = {it["row"]: [step.split() for step in it["steps"]] for it in runs}
+    assert all(words[0] == "probe.py" and "audio" in words for words in steps["A-JEPA"])
+    assert len(steps["A-JEPA"]) == 2 + 3 and len(steps["MJEPA"]) == 6 + 9 + 2
+
+
+def test_av_jepas_two_heads_are_probed_once(tmp_path):
+    _, runs = planned("avjepa-components", "--data", "vggsound")
+    assert list(runs[0]["steps"]) == ["probe.py --probe attentive --modality av",
+                                      "probe.py --modality av --baseline untrained"]
+    row = dict(data="vggsound", seconds=1, step=9, value=3.0)
+    rows = [dict(row, head="linear", tested="av"), dict(row, head="attentive", tested="av", value=4.0),
+            dict(row, head="attentive", tested="video", value=5.0)]
+    runs[0]["folder"] = tmp_path
+    (tmp_path / "steps.json").write_text(json.dumps({"probe.py --probe attentive --modality av": rows}))
+    assert reproduce.numbers(runs[0], {}) == {
+        "trained/av": 3, "trained/attentive/av": 4, "trained/attentive/video": 5}
+
+
+def test_jobs_run_at_once_each_on_a_device_of_its_own(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    start("--jobs", "2", "--sleep", "0.6")
+    times = []
+    for name in BOTH:
+        times.append([float(x) for x in (tmp_path / "out" / name / "times.txt").read_text().split()])
+    assert max(first for first, _ in times) < min(last for _, last in times)
+    assert [(tmp_path / "out" / name / "device.txt").read_text() for name in BOTH] == ["4", "6"]
+    assert reproduce.share_devices(3) == ["4", "6", "4"] and reproduce.share_devices(1) == [None]
+
+
+def test_a_signal_reaches_all_jobs(start, monkeypatch, handlers):
+    reproduce.EXPERIMENTS["small"]["rows"]["twenty and more"] = "script.py --way 20 --sleep 60"
+    launch = reproduce.launch
+    processes = []
+    monkeypatch.setattr(reproduce, "launch", lambda *args: processes.append(launch(*args)) or processes[-1])
+    with pytest.raises(SystemExit):
+        common.main_guard(lambda: start("--stop", "10", "--jobs", "2"))
+    assert [process.returncode for process in processes] == [0, -signal.SIGTERM]
+
+
+def test_a_row_alone_is_run_and_the_table_names_the_rows_that_are_missing(start, tmp_path):
+    assert start("--row", "twenty-and-more", seeds="0 1") == [BOTH[1], "twenty-and-more-seed1"]
+    text, _ = table(tmp_path)
+    assert "| twenty and more | 20.5" in text and "Missing or not whole: ten (seeds: 0, 1)." in text
+    assert start("--row", "ten") == [BOTH[0]]
+    text, _ = table(tmp_path)
+    assert "| ten | 10.0 |" in text and "| twenty and more | 20.0 |" in text and "Missing" not in text
+
+
+def test_launch_starts_trainings_but_no_probes(start, tmp_path):
+    (tmp_path / "twice.py").write_text("import runpy, sys\nopen(sys.argv[1], 'a').write(sys.argv[2] + ' ')\n"
+                                       "sys.argv = sys.argv[2:]\nrunpy.run_path(sys.argv[0])")
+    starter = f"{sys.executable} {tmp_path}/twice.py {tmp_path}/launched.txt"
+    start("--launch", starter, "--data", "folder")
+    assert (tmp_path / "launched.txt").read_text().split() == 2 * [f"{tmp_path}/script.py"]
+    fails(start, "--launch", "no-such-starter", match="--launch: there is no command no-such-starter here")
+
+
+def test_a_dry_run_estimates_by_the_runs_that_exist(start, tmp_path, capsys):
+    start("--dry-run")
+    assert "none of it has been run yet" in capsys.readouterr().out
+    start("--row", "ten")
+    start("--dry-run", seeds="0 1 2")                   # five of 1,206 steps of 6 s
+    assert f"about {5 * 1206 * 6 / 60:.0f} min, by the runs" in capsys.readouterr().out
+    (tmp_path / "out/ten-seed0/results.json").unlink()  # six steps of it are done
+    start("--dry-run", "--jobs", "2")
+    assert f"about {(1200 + 1206) * 6 / 60 / 2:.0f} min, by the runs" in capsys.readouterr().out
+
+
+def test_three_times_the_steps_are_of_the_users_or_the_recipes():
+    for flags, steps in (((), "1650"), (("--steps", "20"), "60"), (("--steps=20",), "60"),
+                         (("--data", "audioset"), "450000")):
+        _, runs = planned("mjepa-terms", *flags)
+        command = {it["row"]: it["command"] for it in runs}
+        long = command["separate, audio, 3x"]
+        assert long[len(long) - 1 - long[::-1].index("--steps") + 1] == steps
+        assert steps not in command["all nine"]
+    fails(planned, "mjepa-terms", "--epochs", "3", match="a multiple of the others' steps")
+
+
+def test_sets_that_are_not_there_are_named_and_the_rest_is_probed(start, tmp_path, capsys):
+    rows = {"one": "probe.py --data esc50 --data-dir {esc50}",
+            "two": "probe.py --data ssv2 --data-dir {ssv2}"}
+    reproduce.EXPERIMENTS["small"].update(rows=rows, after={"trained": ["--modality audio"]})
+    fails(start, match="trains nothing; give --ckpt")
+    ckpt = write_checkpoint(tmp_path / "run")
+    more = ["--ckpt", str(ckpt), "--places", f"esc50={tmp_path}", "ssv2=nowhere"]
+    assert start(*more, seeds="0 1") == ["one-seed0:audio:None", "one-seed1:audio:None"]
+    assert "left out of two: what needs ssv2" in capsys.readouterr().out
+    text, _ = table(tmp_path)
+    assert "| one | 80.0 ± 0.0 (80.0, 80.0) | 0, 1 |" in text and "whole: two (seeds: all)." in text
+    assert (tmp_path / "out/one-seed0/latest.pt").resolve() == (tmp_path / "run/latest.pt").resolve()
+    assert not (tmp_path / "run/probe.jsonl").exists() and start(*more, seeds="0 1") == []
+    fails(start, "--ckpt", str(tmp_path / "none"), match="there is no such checkpoint")

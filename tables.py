@@ -196,6 +196,8 @@ def draw(experiment, table):
     for ax, (title, panel) in zip(axes.flat, panels.items()):
         draw_panel(ax, experiment, table, *panel)
         ax.set_title(title)
+    for ax in list(axes.flat)[len(panels):]:
+        ax.axis("off")
     legend = "bars: mean over the seeds, whiskers: one standard deviation, dots: the seeds"
     if experiment["paper"]:
         legend += "; grey diamonds: the paper's, other data, other size"

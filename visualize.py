@@ -985,6 +985,19 @@ def clips_of_map(args):
     return listing, names, group, label, drawn
 
 
+def describe_map(args, count):
+    """(what a map of so many clips shows, the name of its file)"""
+    by = {"av": "by sound and pictures together", "audio": "by sound", "video": "by pictures",
+          None: "by sound and by pictures"}[args.modality]
+    kind = "projected" if args.embedding == "projected" else "clip"
+    name = f"map-{args.data}-{'pairs' if args.pairs else args.modality}"
+    if args.split != "test":
+        name += f"-{args.split}"
+    if args.embedding == "projected":
+        name += "-projected"
+    return f"{count:,} clips of {args.data} ({args.split}) {by}, {kind} embedding", name + variant(args)
+
+
 def map_clips(args, encoders, process, workers):
     """visualize.py map: the figure, the csv, and where there are classes how well they lie together."""
     for encoder in encoders:
@@ -1025,20 +1038,11 @@ def map_clips(args, encoders, process, workers):
         rows.append({"what": "map", "data": args.data, "split": args.split, "modality": args.modality,
             "pairs": args.pairs, "embedding": args.embedding, "untrained": args.untrained,
             "classes": args.classes, "N": n, "left_out": len(drawn) - n, **numbers, "seed": args.seed})
-    by = {"av": "by sound and pictures together", "audio": "by sound", "video": "by pictures",
-          None: "by sound and by pictures"}[args.modality]
-    kind = "projected" if args.embedding == "projected" else "clip"
-    what = f"{n:,} clips of {args.data} ({args.split}) {by}, {kind} embedding"
+    what, name = describe_map(args, n)
     width, height = (6.2, 11) if len(encoders) > 1 else (12.4, 6)
     fig, columns = make_figure(encoders, args, width, height + 0.25 * math.ceil(len(names) / 6), what)
     pairs = [(i, n + i) for i in range(n)] if args.pairs else []
     draw_map(fig, columns, maps, group, names, of != modalities[0], pairs)
-    name = f"map-{args.data}-{'pairs' if args.pairs else args.modality}"
-    if args.split != "test":
-        name += f"-{args.split}"
-    if args.embedding == "projected":
-        name += "-projected"
-    name += variant(args)
     groups = [names[g] for g in group]
     table = write(
         args, f"{name}.csv", lambda file: write_points(file, encoders, maps, listing, index, groups, of))

@@ -91,6 +91,7 @@ RECIPE = {
     # differs (toy): LeAVJEPA's
     "absent":       ("zero",      "drop",         "page: absent modality at zero, all tokens run"),
     # of --local masked; LeAVJEPA: the code of the authors' next version (arXiv 2610.06226)
+    # the toy's 3 x 3 patches allow .67
     "hide_video":   (0.8,         0.8,            "LeAVJEPA: area of the picture, a block in all frames"),
     # differs: uniform, theirs is its logarithm
     "block_aspect": ((0.61, 1.65), (0.61, 1.65),  "LeAVJEPA: width over height, e^-.5 to e^.5"),

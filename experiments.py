@@ -193,7 +193,8 @@ EXPERIMENTS = {
                  panels={"both": ("percent", ["linear probe", "attentive probe"], None),
                          "one alone": ("percent", ["linear probe, sound", "linear probe, picture"], None),
                          "retrieval": ("R@10, percent", ["R@10, A->V", "R@10, V->A"], None)}),
-        source="page of the authors' next version, top-1 on VGGSound",
+        source="page of the authors' next version, top-1 on VGGSound; their audio-only has no pictures in "
+               "the global views either",
         paper={"modality-specific": {"linear probe": 43.9, "attentive probe": 47.1},
                "random dropout": {"linear probe": 38.1, "attentive probe": 41.3},
                "masked joint local": {"linear probe": 23.1, "attentive probe": 34.1},

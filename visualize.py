@@ -995,6 +995,8 @@ def describe_map(args, count):
         name += f"-{args.split}"
     if args.embedding == "projected":
         name += "-projected"
+    if args.classes:
+        name += f"-{Path(args.classes).stem}"
     return f"{count:,} clips of {args.data} ({args.split}) {by}, {kind} embedding", name + variant(args)
 
 

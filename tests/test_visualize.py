@@ -394,7 +394,7 @@ def test_neighbours_of_the_same_label_equal_a_slow_loop():
 
 @pytest.mark.parametrize("method, flags, name", [
     ("deaf", "", "audio"), ("cls", "", "av"), ("plain", "--modality video --untrained", "video-untrained"),
-    ("cls", "--pairs --embedding projected", "pairs-projected"), ("plain", "--classes families.csv", "av")])
+    ("cls", "--pairs --embedding projected", "pairs-projected"), ("plain", "--classes families.csv", "av-families")])
 def test_the_map_has_a_row_and_a_point_for_each_clip_and_modality(
         runs, toy, tmp_path, figures, monkeypatch, method, flags, name):
     monkeypatch.chdir(tmp_path)
@@ -470,7 +470,7 @@ def test_a_file_of_families_says_which_clips_of_all_splits_are_shown_and_in_whic
     more = ["--split", "all", "--classes", tmp_path / "f.csv", "--modality", "audio"]
     visualize.main(words("map", runs["plain"], tmp_path, *more, toy=toy))
     assert "f.csv: the set lacks 'a dog, barking'\n" in capsys.readouterr().out
-    rows, = read_map(tmp_path / "map-toy-audio-all.csv").values()
+    rows, = read_map(tmp_path / "map-toy-audio-all-f.csv").values()
     expected = []
     for split in ("train", "test"):
         listing = data.list_clips("toy", toy, split)

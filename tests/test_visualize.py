@@ -394,7 +394,8 @@ def test_neighbours_of_the_same_label_equal_a_slow_loop():
 
 @pytest.mark.parametrize("method, flags, name", [
     ("deaf", "", "audio"), ("cls", "", "av"), ("plain", "--modality video --untrained", "video-untrained"),
-    ("cls", "--pairs --embedding projected", "pairs-projected"), ("plain", "--classes families.csv", "av-families")])
+    ("cls", "--pairs --embedding projected", "pairs-projected"),
+    ("plain", "--classes families.csv", "av-families")])
 def test_the_map_has_a_row_and_a_point_for_each_clip_and_modality(
         runs, toy, tmp_path, figures, monkeypatch, method, flags, name):
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,9 @@ An entry has a title, columns, rows {name: command line} and what of these there
     paper       {row: {column: the paper's own number}}, and source: where it stands
     formats     of columns that are not percent, with a comma if the value is the same for all seeds
     panels      of the picture {title: (unit, columns, the column of chance)}; one of all columns otherwise
-    rivals      the rows are no variants of the first one: no differences, and the table stands on its side
+    against     {row: the rows that it is compared with}; the first row for those not named, None for no
+                comparisons at all
+    turned      the table stands on its side, a column for each row
 """
 
 SOUND, PICTURE, BOTH = "--modality audio", "--modality video", "--modality av"
@@ -46,12 +48,14 @@ def predictors(width):
 
 
 def sizes(**flags):
-    """Each size, trained on pictures and with their sound."""
+    """Each size, trained on pictures and with their sound, which is compared with the pictures alone."""
     rows = {}
+    against = {}
     for name, flag in flags.items():
         rows[f"{name}, trained on video"] = f"avjepa_ncsu.py {flag} --modalities video"
         rows[f"{name}, trained on video + sound"] = f"avjepa_ncsu.py {flag}"
-    return dict(rows=rows, only={row: "video" for row in rows if "sound" not in row})
+        against[f"{name}, trained on video + sound"] = [f"{name}, trained on video"]
+    return dict(rows=rows, against=against, only={row: "video" for row in rows if "sound" not in row})
 
 
 def ways(state, **measures):
@@ -250,6 +254,9 @@ EXPERIMENTS = {
               "shared, within alone, 3x": "mjepa.py --terms intra --steps 3x"},
         only={"separate, audio": "audio", "separate, audio, 3x": "audio",
               "separate, video": "video", "separate, video, 3x": "video"},
+        # by steps, and by terms: those of "across" are fewer than its match's
+        against=dict.fromkeys(["and A<->V across", "all nine"],
+                              ["shared, within alone", "shared, within alone, 3x"]),
         toy=MJEPA_TOY,
         source="digest, ViT-L, mAP on AudioSet-20K",
         paper={"separate, audio": {"A": 30.87},
@@ -269,6 +276,7 @@ EXPERIMENTS = {
                "ViT-g": {"A": 40.97, "V": 29.82, "AV": 45.44}}),
     "mjepa-frozen": dict(
         title="MJEPA: one frozen encoder on many sets (seeds: of the heads)",
+        against=None,                                   # other sets, not other encoders
         columns={name: f"trained/attentive/{modality}" for name, modality in A_V_AV.items()},
         rows={"AudioSet-20K": "probe.py --probe attentive --data audioset-20k --data-dir {audioset-20k}",
               "ESC-50": "probe.py --probe attentive --data esc50 --data-dir {esc50}",
@@ -375,7 +383,8 @@ EXPERIMENTS = {
                     "chance, probes"),
                 "retrieval": ("R@10, percent", ["R@10, A->V", "R@10, V->A"], "chance, R@10"),
                 "time of a training step": ("seconds", ["seconds a step"], None)},
-        rivals=True,
+        against=None,                                   # rivals, no variants of the first
+        turned=True,
         rows={"A-JEPA": "ajepa.py",
               "AV-JEPA": "avjepa_lejepa.py",
               "MJEPA": "mjepa.py",

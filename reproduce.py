@@ -20,7 +20,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
-import functools
 import importlib
 import json
 import os
@@ -42,10 +41,14 @@ import heads
 import tables
 from common import UserError, check_range, main_guard
 from experiments import EXPERIMENTS
-from run import COLUMNS, Help, choose_device, code_version, read_log, replace_file
+from run import COLUMNS, Help, choose_device, code_version, lock_folder, read_log, replace_file
 
 TRAIN = "train"                                         # of a run's steps the one that comes first
 PLACE = r"\{([\w-]+)\}"                                 # in a line of an experiment
+MACHINE = ("--workers", "--device")                     # flags that no value depends on
+KEPT = "step-*.pt"                                      # in a step's words: all checkpoints of a run
+MULTIPLE = r"--steps (\d+)x"                            # in a row's line
+TOY_REPORT = r"chance/|.*/few/|run/minutes of evaluation"       # paths that the end of a toy run alone fills
 BASELINES = {"trained": "", "untrained": " --baseline untrained", "raw input": " --baseline raw"}
 
 
@@ -57,8 +60,12 @@ def choose(args):
     """The experiment as the recipe has it, with all that an entry may leave out."""
     entry = EXPERIMENTS[args.experiment]
     toy = entry.get("toy", {}) if args.recipe == "toy" else {}
-    rest = dict(flags="", after={}, only={}, formats={}, paper={}, source="", rivals=False)
-    return {**rest, **entry, **toy}
+    rest = dict(flags="", after={}, only={}, formats={}, paper={}, source="", against={}, turned=False)
+    experiment = {**rest, **entry, **toy}
+    if not data.find_set(args.data).make:
+        columns = experiment["columns"].items()
+        experiment["columns"] = {name: path for name, path in columns if not re.match(TOY_REPORT, path)}
+    return experiment
 
 
 def slug(row):
@@ -92,7 +99,7 @@ def follow(experiment, row, made):
 
 def multiply(line, said, recipe):
     """A row's line with `--steps 3x` as a number: of the steps that its other flags or the recipe say."""
-    times = re.search(r"--steps (\d+)x", line)
+    times = re.search(MULTIPLE, line)
     if not times:
         return line
     given = [value for flag, value in zip(said, said[1:]) if flag == "--steps"]
@@ -107,12 +114,13 @@ def plan(experiment, args, extra):
     """The runs: a list of dict(row, seed, folder, command, and below), seed by seed, so that whoever stops
     early has a whole table of fewer seeds. extra: flags for the training alone. steps: {step: its words} of
     those behind the training, names: {step: its name}, lacks: what --places does not give them; ckpt: what
-    takes the training's place; made: of follow; measured: whether a column wants its measures."""
+    takes the training's place; made: of follow; times: the others' steps that it trains; measured: whether a
+    column wants its measures."""
     made = bool(data.find_set(args.data).make)
     where = ["--data-dir", args.data_dir] if args.data_dir else []
     source = ["--data", args.data, *where]
     given = []
-    for flag, value in ("--workers", args.workers), ("--device", args.device):
+    for flag, value in zip(MACHINE, (args.workers, args.device)):
         given += [flag, str(value)] if value is not None else []
     said = [*shlex.split(experiment["flags"]), *source, *given, *args.given_recipe, *extra]
     measured = any(path.startswith("run/") for path in experiment["columns"].values())
@@ -123,8 +131,10 @@ def plan(experiment, args, extra):
             script, *flags = shlex.split(multiply(line, said, args.recipe))
             command = [script, *said, *flags] if trains(line) else [args.ckpt, *source]
             command += ["--seed", str(seed), "--out", str(folder)]
+            times = re.search(MULTIPLE, line)
             run = dict(row=row, seed=seed, folder=folder, command=command, ckpt=args.ckpt, steps={},
-                       lacks=set(), names=follow(experiment, row, made), made=made, measured=measured)
+                       lacks=set(), names=follow(experiment, row, made), made=made, measured=measured,
+                       times=int(times[1]) if times else 1)
             places = {**args.places, "run": str(folder)}
             for step in run["names"]:
                 lacks = set(re.findall(PLACE, step)) - places.keys()
@@ -159,9 +169,32 @@ def begun(run):
     that says so is broken."""
     content = read(run["folder"] / "command.json") or {}
     lists = [content.get("command"), content.get("versions")]
-    if not all(isinstance(words, list) for words in lists):
-        return [], []
-    return lists
+    return lists if all(isinstance(words, list) for words in lists) else ([], [])
+
+
+def essence(words, folder):
+    """The words that say what is computed: not those of the machine; paths in one spelling, those in the
+    run's folder below a name, for it may move."""
+    kept = []
+    for before, word in zip(["", *words], words):
+        if before in MACHINE or word in MACHINE:
+            continue
+        path = Path(str(word))
+        if path.is_relative_to(folder):
+            word = str("{run}" / path.relative_to(folder))
+        elif before in ("--data-dir", "--clips"):
+            word = str(path.resolve())
+        kept.append(word)
+    return kept
+
+
+def progress(file):
+    """(steps done, steps in all) of a checkpoint; (0, 1) where there is none, or it is broken."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)    # reads no weights
+        return content["step"], content.get("steps")
+    except Exception:                                   # torch raises half a dozen kinds for a damaged file
+        return 0, 1
 
 
 def finished(run):
@@ -169,12 +202,14 @@ def finished(run):
     finished. Raises UserError if the folder holds a run of another command."""
     command, _ = begun(run)
     folder = run["folder"]
-    end = folder / ("results.json" if run["made"] else "curves.png")    # what a training writes last
     results = read(folder / "results.json")
-    same = command[:-2] == run["command"][:-2]          # but for --out: it may move
-    trained = results if run["made"] else end.is_file()
-    if not same and (trained or (folder / "latest.pt").is_file()):
-        raise UserError(f"{folder} holds a run of another command; give another --out, or remove it")
+    latest = folder / "latest.pt"
+    done, total = progress(latest)
+    trained = results if run["made"] else done == total
+    # but for --out: it may move
+    same = essence(command[:-2], folder) == essence(run["command"][:-2], folder)
+    if not same and (trained or latest.is_file()):
+        raise UserError(f"{folder} holds a run of another command, see its command.json; give another --out")
     if run["ckpt"]:
         return numbers(run, {})
     if not same or not trained:
@@ -189,7 +224,7 @@ def numbers(run, results):
     for step, rows in probed(run).items():
         for row in rows:
             above = [run["names"][step]]
-            if "*" in step:
+            if KEPT in step:
                 above.append(str(row["step"]))
             if "tested" not in row:                     # of pixels.py or retrieval.py
                 flat.update(tables.flatten(row, *above))
@@ -201,35 +236,16 @@ def numbers(run, results):
 
 
 def probed(run):
-    """The rows that a run's steps have written, of the set that they are now asked on: {step: rows}."""
+    """The rows that a run's steps have written by the words that they have now, and on the checkpoint as it
+    is now: {step: rows}."""
     kept = read(run["folder"] / "steps.json") or {}
     found = {}
     for step, words in run["steps"].items():
         rows = kept.get(step)
-        if are_rows(rows) and rows[0].get("data") == words[words.index("--data") + 1]:
-            found[step] = rows
+        if tables.are_rows(rows) and rows[0].get("words") == essence(words, run["folder"]):
+            if not run["ckpt"] or rows[0]["step"] == progress(run["ckpt"])[0]:
+                found[step] = rows
     return found
-
-
-def are_rows(rows):
-    """Whether these are rows of probe.jsonl or retrieval.jsonl that say what is taken from them here."""
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        return False
-    for row in rows:
-        values = [row.get("seconds"), row.get("step"), row.get("value", 0)]
-        names = [row.get("head", ""), row.get("tested", "")]
-        if not all(isinstance(x, (int, float)) for x in values) or not all(isinstance(x, str) for x in names):
-            return False
-    return bool(rows)
-
-
-def new_rows(file, before):
-    """The rows of a .jsonl file from a byte on, [] where one of them is broken."""
-    try:
-        rows = [json.loads(line) for line in file.read_bytes()[before:].splitlines()]
-    except (OSError, ValueError):
-        return []
-    return rows if are_rows(rows) else []
 
 
 def missing(run):
@@ -240,46 +256,16 @@ def missing(run):
     return [step for step in run["steps"] if step not in rows]
 
 
-@functools.lru_cache(None)
-def sizes(folder):
-    """Of a finished run {measure: number}. The parameters trained are those that the optimiser has moments
-    of: neither the teacher nor a buffer is among them."""
-    moments = common.load_checkpoint(folder)["optimizer"]["state"].values()
-    vit = common.load_encoder(folder).vit
-    return {"parameters of the encoder": sum(p.numel() for p in vit.parameters()),
-            "parameters trained": sum(moment["exp_avg"].numel() for moment in moments),
-            **{f"{modality} tokens of a clip": vit.num(modality) for modality in vit.grids}}
-
-
-def step_times(log):
-    """(median seconds a step, minutes of all steps) by the rows of a log.jsonl, each of which holds the
-    milliseconds of the steps since the row before; of no rows (None, None)."""
-    log = [row for row in log if "ms_step" in row]
-    if not log:
-        return None, None
-    before = -1
-    total = 0.0
-    for row in log:
-        total += row["ms_step"] * (row["step"] - before)
-        before = row["step"]
-    return statistics.median(row["ms_step"] for row in log) / 1e3, total / 6e4
-
-
 def measures(run, results):
     """Of a finished run {"run/measure": number}."""
-    seconds, minutes = step_times(read_log(run["folder"]))
-    values = {**sizes(run["folder"]), "seconds a step": seconds, "minutes of training": minutes}
+    seconds, minutes = tables.step_times(read_log(run["folder"]))
+    values = {**tables.sizes(run["folder"]), "seconds a step": seconds, "minutes of training": minutes}
     if results and "seconds" in results:
         values["minutes of evaluation"] = results["seconds"] / 60
     rows = probed(run)
     if rows and len(rows) == len(run["steps"]):
-        values["minutes of the steps after"] = sum(map(seconds_of, rows.values())) / 60
+        values["minutes of the steps after"] = sum(map(tables.seconds_of, rows.values())) / 60
     return tables.flatten({"run": values})
-
-
-def seconds_of(rows):
-    """That a step took: the rows of one checkpoint say it each."""
-    return sum({row["step"]: row["seconds"] for row in rows}.values())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -290,7 +276,7 @@ def pace(run):
     """(seconds a step, steps done, steps in all) of a run that has begun, by its log and its output, or
     None."""
     log = read_log(run["folder"])
-    seconds, _ = step_times(log)
+    seconds, _ = tables.step_times(log)
     output = run["folder"] / "output.txt"
     text = output.read_text("utf-8", "replace") if output.is_file() else ""
     said = re.findall(r"([\d,]+) steps of \d+ clips", text)
@@ -301,17 +287,19 @@ def estimate(runs, left, jobs):
     """How long the steps left [(run, steps)] take, in words: by what the same have taken, and a training that
     has not begun by the mean of the others."""
     paces = {run["folder"]: known for run in runs if (known := pace(run))}
-    mean = [statistics.mean(column) for column in zip(*paces.values())]
+    each = [seconds for seconds, _, _ in paces.values()]
+    totals = [paces[run["folder"]][2] / run["times"] for run in runs if run["folder"] in paces]
     took = {}
     for run in runs:
         for step, rows in probed(run).items():
-            took.setdefault(step, []).append(seconds_of(rows))
+            took.setdefault(step, []).append(tables.seconds_of(rows))
     times = []
     for run, steps in left:
         for step in steps:
             if step == TRAIN and paces:
-                each, done, total = paces.get(run["folder"], (mean[0], 0, mean[2]))
-                times.append(each * max(0, total - done))
+                new = (statistics.mean(each), 0, statistics.mean(totals) * run["times"])
+                seconds, done, total = paces.get(run["folder"], new)
+                times.append(seconds * max(0, total - done))
             else:
                 times.append(statistics.mean(took[step]) if step in took else None)
     known = [seconds for seconds in times if seconds is not None]
@@ -326,10 +314,10 @@ def estimate(runs, left, jobs):
 # ----------------------------------------------------------------------------------------------------------
 
 def words_of(run, step):
-    """The words of a step, of which one with a * is the checkpoints that a run has kept."""
+    """The words of a step, of which one is all checkpoints that a run has kept."""
     words = []
     for word in run["command"] if step == TRAIN else run["steps"][step]:
-        words += sorted(map(str, run["folder"].glob(Path(word).name))) if "*" in word else [word]
+        words += sorted(map(str, run["folder"].glob(KEPT))) if Path(word).name == KEPT else [word]
     return words
 
 
@@ -343,52 +331,74 @@ def launch(run, step, words, device):
 
 
 def begin(run):
-    """Make the folder of a run and note its command; one on --ckpt has a link to it."""
+    """Note the command of a run in its folder; one on --ckpt has a link to it."""
     latest = run["folder"] / "latest.pt"
-    run["folder"].mkdir(parents=True, exist_ok=True)
     versions = begun(run)[1] if latest.is_file() else []                # of the code, of all that trained it
     versions = list(dict.fromkeys([*versions, code_version()]))
     write(run["folder"] / "command.json", {"command": run["command"], "versions": versions})
     if run["ckpt"]:
         latest.unlink(missing_ok=True)
-        latest.symlink_to(common.checkpoint_file(run["ckpt"]).resolve())
-    else:
+        latest.symlink_to(run["ckpt"])
+    elif not latest.is_file():
         (run["folder"] / "steps.json").unlink(missing_ok=True)          # of a training before
-        (run["folder"] / "curves.png").unlink(missing_ok=True)
 
 
 class Job:
     """What is left of a run, on a device: one step after the other."""
-    def __init__(self, run, steps, device):
+    def __init__(self, run, device):
         self.run = run
-        self.steps = list(steps)
+        self.steps = missing(run)                       # now: another process may have been at it
         self.device = device                            # of CUDA_VISIBLE_DEVICES, None: as it is
+        self.process = None
+        self.failed = False
 
     def start(self, experiment, words):
-        """The next step. words: what runs a training, which may be several processes."""
+        """The next step, if there is one and no other process is at work on the run. words: what runs a
+        training, which may be several processes."""
+        self.process = None
+        if not self.steps:
+            return
+        self.run["folder"].mkdir(parents=True, exist_ok=True)
         self.step = self.steps.pop(0)
+        try:
+            self.locked = lock_folder(self.run["folder"])
+        except UserError as e:
+            print(f"{name_of(self.run, self.step)}: {e}", flush=True)
+            self.failed = True
+            return
         self.began = time.time()
         self.before = tables.tabulate(experiment, found([self.run])).get(self.run["row"], {})
         if self.step == TRAIN or self.run["ckpt"]:
             begin(self.run)
+        if self.step == TRAIN:                          # which locks the folder itself
+            self.locked.close()
         searches = self.step.startswith("retrieval.py")
         self.file = self.run["folder"] / ("retrieval.jsonl" if searches else "probe.jsonl")
         self.size = self.file.stat().st_size if self.file.is_file() else 0
         alone = self.step != TRAIN and "finetune" not in self.step
         self.process = launch(self.run, self.step, [sys.executable] if alone else words, self.device)
 
-    def end(self):
-        """Keep the rows that the step wrote; what went wrong, or None. Nothing follows a training that
-        failed."""
+    def end(self, experiment, rest):
+        """Keep the rows that the step wrote, and say how it ended, with the rest that there is to do. Nothing
+        follows a training that failed."""
         code = self.process.poll()
-        rows = new_rows(self.file, self.size) if self.step != TRAIN and not code else []
+        rows = tables.new_rows(self.file, self.size) if self.step != TRAIN and not code else []
+        self.locked.close()
         if rows:
-            write(self.run["folder"] / "steps.json", {**probed(self.run), self.step: rows})
+            words = essence(self.run["steps"][self.step], self.run["folder"])
+            rows = [{**row, "words": words} for row in rows]
+            file = self.run["folder"] / "steps.json"
+            write(file, {**(read(file) or {}), self.step: rows})
+        name = name_of(self.run, self.step)
         if not code and self.step not in missing(self.run):
-            return None
+            took = f"{time.time() - self.began:.0f} s"
+            print(f"{name}: {new_values(experiment, self)} ({took}; {rest})", flush=True)
+            return
+        self.failed = True
         if self.step == TRAIN:
             self.steps = []
-        return f"failed (exit code {code})" if code else "was stopped before its end"
+        trouble = f"failed (exit code {code})" if code else "was stopped before its end"
+        print(f"{name} {trouble}: see {self.run['folder']}/output.txt", flush=True)
 
 
 def name_of(run, step):
@@ -430,7 +440,6 @@ def run_all(experiment, left, args):
     that did not finish."""
     began = time.time()
     waiting = [*left]
-    todo = sum(len(steps) for _, steps in left)
     words = args.launch.split() if args.launch else [sys.executable]
     free = share_devices(args.jobs)
     active = []
@@ -439,33 +448,26 @@ def run_all(experiment, left, args):
     try:
         while waiting or active:
             while waiting and free:
-                job = Job(*waiting.pop(0), free.pop(0))
+                active.append(Job(waiting.pop(0)[0], free.pop(0)))
+            for job in [job for job in active if not job.process or job.process.poll() is not None]:
+                if job.process:
+                    done += 1
+                    todo = sum(len(steps) for _, steps in waiting)
+                    todo += sum(len(other.steps) + (other is not job) for other in active)
+                    rest = (time.time() - began) / done * todo / 60
+                    job.end(experiment, f"{todo} steps left, about {rest:.0f} min")
                 job.start(experiment, words)
-                active.append(job)
-            time.sleep(0.02)
-            for job in [job for job in active if job.process.poll() is not None]:
-                done += 1
-                behind = len(job.steps)
-                trouble = job.end()
-                todo -= 1 + behind - len(job.steps)
-                name = name_of(job.run, job.step)
-                rest = (time.time() - began) / done * todo / 60
-                if trouble:
-                    failed += [job.run] if job.run not in failed else []
-                    print(f"{name} {trouble}: see {job.run['folder']}/output.txt", flush=True)
-                else:
-                    print(f"{name}: {new_values(experiment, job)} ({time.time() - job.began:.0f} s; {todo} "
-                          f"steps left, about {rest:.0f} min)", flush=True)
-                if job.steps:
-                    job.start(experiment, words)
-                else:
+                if not job.process:
                     active.remove(job)
                     free.append(job.device)
+                    failed += [job.run] if job.failed else []
+            time.sleep(0.02)
     except BaseException:                               # Ctrl-C reached them as well: they save, then end
-        for job in active:
-            job.process.send_signal(signal.SIGTERM)
-        for job in active:
-            job.process.wait()
+        processes = [job.process for job in active if job.process]
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait()
         raise
     return failed
 
@@ -548,13 +550,13 @@ def get_args(argv=None):
     args.given_recipe = ["--recipe", args.recipe] if args.recipe else []
     args.recipe = args.recipe or ("toy" if data.find_set(args.data).make else "paper")
     args.out = args.out or f"runs/{args.experiment}" + (f"-{args.data}" if args.data != "toy" else "")
-    check_fit(args, choose(args))
+    check_fit(args, choose(args), extra)
     return args, extra
 
 
-def check_fit(args, experiment):
-    """UserError where flags do not fit each other or the experiment; makes --row names of rows and --places a
-    dict of what is there."""
+def check_fit(args, experiment, extra):
+    """UserError where flags do not fit each other or the experiment; makes --row names of rows, --places a
+    dict and --ckpt the file itself. extra: flags for each run."""
     words = (args.launch or "").split()
     if words and args.jobs > 1:
         raise UserError("--jobs: with --launch a run has all devices; leave one of them out")
@@ -569,18 +571,27 @@ def check_fit(args, experiment):
         raise UserError(f"{args.experiment} trains nothing; give --ckpt, the checkpoint that it probes")
     if args.ckpt is not None and any(map(trains, experiment["rows"].values())):
         raise UserError(f"--ckpt has no effect on {args.experiment}, whose rows are trained; leave it out")
-    if args.ckpt is not None and not common.checkpoint_file(args.ckpt).is_file():
-        raise UserError(f"--ckpt {args.ckpt}: there is no such checkpoint")
+    if args.ckpt is not None:
+        if not common.checkpoint_file(args.ckpt).is_file():
+            raise UserError(f"--ckpt {args.ckpt}: there is no such checkpoint")
+        if extra:
+            raise UserError(f"{extra[0]}: no effect on {args.experiment}, which trains nothing; leave it out")
+        args.ckpt = str(common.checkpoint_file(args.ckpt).resolve())
+    own = re.findall(r"--\S+", re.sub(MULTIPLE, "", " ".join(experiment["rows"].values())))
+    for word in extra:                                  # the scripts take a flag's beginning for it as well
+        if word.startswith("--") and any(flag.startswith(word) for flag in own):
+            raise UserError(f"{word}: rows of {args.experiment} set it themselves; leave it out")
     lines = " ".join([*experiment["rows"].values(), *sum(experiment["after"].values(), [])])
     known = set(re.findall(PLACE, lines)) - {"run"}
     places = {}
     for word in args.places or ():
         name, _, path = word.partition("=")
-        if name not in known:
+        if name not in known or not path:
             raise UserError(f"--places {word}: not NAME=PATH; names of {args.experiment}: "
                             f"{', '.join(sorted(known)) or 'none'}")
-        if os.path.exists(path):
-            places[name] = path
+        if not os.path.exists(path):
+            raise UserError(f"--places {word}: {path} is not there; give its path, or leave it out")
+        places[name] = path
     args.places = places
 
 
@@ -609,7 +620,8 @@ def main(argv=None):
         print(f"left out of {row}: what needs {', '.join(sorted(names))}; give --places NAME=PATH of it")
     runs = [run for run in runs if run["steps"] or not run["ckpt"]]
     asked = [run for run in runs if run["row"] in args.row]
-    left = [(run, steps) for run in asked if (steps := missing(run))]
+    all_left = [(run, missing(run)) for run in runs]    # of those not asked as well: they are in the table
+    left = [(run, steps) for run, steps in all_left if run["row"] in args.row and steps]
     print(f"{args.experiment}: {len(asked) - len(left)} of {len(asked)} runs finished", flush=True)
     for run, steps in left:
         show_left(run, steps, args.launch or "python")

@@ -1,14 +1,73 @@
-"""The table of an experiment of experiments.py, and its picture.
+"""What runs have found, the table of an experiment of experiments.py, and its picture.
 
 experiment: an entry, with all that it may leave out; table: of tabulate.
 """
+import functools
+import json
 import math
+import re
 import statistics
 import textwrap
 
 from matplotlib.figure import Figure
 
+import common
 import probe
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a run has found
+# ----------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(None)
+def sizes(folder):
+    """Of a finished run {measure: number}. The parameters trained are those that the optimiser has moments
+    of: neither the teacher nor a buffer is among them."""
+    moments = common.load_checkpoint(folder)["optimizer"]["state"].values()
+    vit = common.load_encoder(folder).vit
+    return {"parameters of the encoder": sum(p.numel() for p in vit.parameters()),
+            "parameters trained": sum(moment["exp_avg"].numel() for moment in moments),
+            **{f"{modality} tokens of a clip": vit.num(modality) for modality in vit.grids}}
+
+
+def step_times(log):
+    """(median seconds a step, minutes of all steps) by the rows of a log.jsonl, each of which holds the
+    milliseconds of the steps since the row before; of no rows (None, None)."""
+    log = [row for row in log if "ms_step" in row]
+    if not log:
+        return None, None
+    before = -1
+    total = 0.0
+    for row in log:
+        total += row["ms_step"] * (row["step"] - before)
+        before = row["step"]
+    return statistics.median(row["ms_step"] for row in log) / 1e3, total / 6e4
+
+
+def seconds_of(rows):
+    """That a step took: the rows of one checkpoint say it each."""
+    return sum({row["step"]: row["seconds"] for row in rows}.values())
+
+
+def are_rows(rows):
+    """Whether these are rows of probe.jsonl or retrieval.jsonl that say what is taken from them here."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return False
+    for row in rows:
+        values = [row.get("seconds"), row.get("step"), row.get("value", 0)]
+        names = [row.get("head", ""), row.get("tested", "")]
+        if not all(isinstance(x, (int, float)) for x in values) or not all(isinstance(x, str) for x in names):
+            return False
+    return bool(rows)
+
+
+def new_rows(file, before):
+    """The rows of a .jsonl file from a byte on, [] where one of them is broken."""
+    try:
+        rows = [json.loads(line) for line in file.read_bytes()[before:].splitlines()]
+    except (OSError, ValueError):
+        return []
+    return rows if are_rows(rows) else []
 
 
 def flatten(content, *above):
@@ -22,6 +81,10 @@ def flatten(content, *above):
     return flat
 
 
+# ----------------------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------------------
+
 def summary(values):
     """{seed: value} with mean and standard deviation."""
     numbers = list(values.values())
@@ -29,7 +92,7 @@ def summary(values):
 
 
 def tabulate(experiment, found):
-    """{row: {column: summary, with `difference`, the summary of the differences to the first row by seeds}}
+    """{row: {column: summary, with `differences`, {other row: summary of the differences to it by seeds}}}
     of [(row, seed, {path: number})]; a column that the runs of a row lack is left out."""
     values = {row: {} for row in experiment["rows"]}
     for row, seed, numbers in found:
@@ -37,20 +100,28 @@ def tabulate(experiment, found):
             if path in numbers:
                 values[row].setdefault(column, {})[seed] = numbers[path]
     table = {}
-    first, *_ = values.values()
     for row, columns in values.items():
         for column, seeds in columns.items():
             cell = table.setdefault(row, {})[column] = summary(seeds)
-            base = first.get(column, {})
-            pairs = {seed: value - base[seed] for seed, value in seeds.items() if seed in base}
-            if pairs and columns is not first and compared(experiment, column):
-                cell["difference"] = summary(pairs)
+            for other in others(experiment, row) if compared(experiment, column) else ():
+                base = values[other].get(column, {})
+                pairs = {seed: value - base[seed] for seed, value in seeds.items() if seed in base}
+                if pairs:
+                    cell.setdefault("differences", {})[other] = summary(pairs)
     return table
 
 
+def others(experiment, row):
+    """The rows that a row is compared with: those that the experiment names, else the first."""
+    if experiment["against"] is None:
+        return []
+    first, *_ = experiment["rows"]
+    return [other for other in experiment["against"].get(row, [first]) if other != row]
+
+
 def compared(experiment, column):
-    """Whether rows are compared by a column; an untrained encoder's says nothing of them."""
-    return not experiment["rivals"] and not column.endswith(", untrained")
+    """Whether rows are compared by a column; an untrained encoder, a mean and a copy say nothing of them."""
+    return not re.search("untrained/|/mean$|/nearest$", experiment["columns"][column])
 
 
 def number(experiment, column, value, sign=""):
@@ -78,9 +149,10 @@ def lines_of(lines):
 
 
 def markdown(experiment, table):
-    """The table as Markdown, the paper's numbers in it; – where a row has no such value."""
+    """The table as Markdown, the paper's numbers in it; – where a row has no such value, or no run yet."""
     lines = [["", *experiment["columns"], "seeds"]]
-    for row, cells in table.items():
+    for row in experiment["rows"]:
+        cells = table.get(row, {})
         line = [row]
         seeds = {}
         for column in experiment["columns"]:
@@ -89,44 +161,59 @@ def markdown(experiment, table):
             text = cell_text(experiment, column, cell) if cell else "–"
             line.append(text if paper is None else f"{text} *({paper})*")
             seeds.update(cell["values"] if cell else {})
-        lines.append([*line, ", ".join(map(str, seeds))])
-    return lines_of(list(zip(*lines)) if experiment["rivals"] else lines)
+        lines.append([*line, ", ".join(map(str, seeds)) or "–"])
+    return lines_of(list(zip(*lines)) if experiment["turned"] else lines)
+
+
+def has_paper(experiment, rows):
+    """Whether the paper has a number for some of these rows."""
+    return any(experiment["paper"].get(row) for row in rows)
 
 
 def differences(experiment, table):
-    """(the differences to the first row by seeds as Markdown, "" of none; the rows and columns whose
-    difference is smaller than its spread)."""
+    """(the differences by seeds as Markdown, "" of none; those that are no larger than their spread; those
+    of one seed, which have none)."""
     columns = [column for column in experiment["columns"] if compared(experiment, column)]
-    lines = []
+    lines = [["difference by seeds", *columns]]
     small = []
+    single = []
     for row, cells in table.items():
-        line = []
-        for column in columns:
-            cell = cells.get(column, {}).get("difference")
-            line.append(number(experiment, column, cell["mean"], "+") if cell else "–")
-            if cell and cell["std"] is not None:
-                line[-1] += f" ± {number(experiment, column, cell['std'])}"
-                small += [f"{row}, {column}"] if abs(cell["mean"]) < cell["std"] else []
-        lines += [[row, *line]] if set(line) - {"–"} else []
-    first, *_ = experiment["rows"]
-    return lines_of([[f"difference to {first}, by seeds", *columns], *lines]) if lines else "", small
+        for other in others(experiment, row):
+            name = f"{row}, against {other}"
+            line = []
+            for column in columns:
+                cell = cells.get(column, {}).get("differences", {}).get(other)
+                line.append(number(experiment, column, cell["mean"], "+") if cell else "–")
+                if cell and cell["std"] is None:
+                    single.append(f"{name}: {column}")
+                elif cell:
+                    line[-1] += f" ± {number(experiment, column, cell['std'])}"
+                    small += [f"{name}: {column}"] if abs(cell["mean"]) <= cell["std"] else []
+            lines += [[name, *line]] if set(line) - {"–"} else []
+    return lines_of(lines) if lines[1:] else "", small, single
 
 
 def notes(experiment, table, lacking):
     """What stands below the table. lacking: {row: seeds} that are missing or not whole."""
     texts = []
-    if experiment["paper"]:
+    if has_paper(experiment, experiment["rows"]):
         texts.append(f"*(In italics)*: the paper's ({experiment['source']}): other data, other size.\n")
-    text, small = differences(experiment, table)
+    text, small, single = differences(experiment, table)
     if text:
         texts.append(text)
     if small:
-        texts.append(f"Smaller than its own spread, so not shown by these seeds: {'; '.join(small)}.\n")
+        texts.append(f"No larger than its own spread, so not shown by these seeds: {'; '.join(small)}.\n")
+    if single:
+        texts.append(f"Of one seed alone, so without a spread, and not shown: {'; '.join(single)}.\n")
     lines = [f"{row} (seeds: {', '.join(seeds)})" for row, seeds in lacking.items()]
     if lines:
         texts.append(f"Missing or not whole: {'; '.join(lines)}.\n")
     return "\n".join(texts)
 
+
+# ----------------------------------------------------------------------------------------------------------
+# The picture
+# ----------------------------------------------------------------------------------------------------------
 
 def panels_of(experiment):
     """{title: (unit, columns, the column of chance)}; one for all columns where the experiment names none. An
@@ -199,7 +286,7 @@ def draw(experiment, table):
     for ax in list(axes.flat)[len(panels):]:
         ax.axis("off")
     legend = "bars: mean over the seeds, whiskers: one standard deviation, dots: the seeds"
-    if experiment["paper"]:
+    if has_paper(experiment, table):
         legend += "; grey diamonds: the paper's, other data, other size"
     lines = [textwrap.fill(line, int(12 * width)) for line in (experiment["title"], legend)]
     fig.suptitle("\n".join(lines), fontsize=10)

@@ -1,7 +1,9 @@
 """An experiment runs what is missing, goes on where it stopped; its table is mean and spread of its runs."""
 import importlib
 import json
+import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ here, out = pathlib.Path(sys.argv[0]).parent, pathlib.Path(flags["--out"])
 with open(here / "order.txt", "a") as f: f.write(out.name + "\\n")
 if flags["--way"] == flags.get("--broken"): sys.exit("this way is broken")
 if flags["--way"] == flags.get("--stop") and not (out / "latest.pt").is_file():
+    while len((here / "order.txt").read_text().split()) < int(flags.get("--others", 0)): time.sleep(0.01)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     os.kill(os.getppid(), signal.SIGTERM)
     signal.sigwait([signal.SIGTERM])
@@ -38,12 +41,13 @@ if flags["--way"] == flags.get("--stop") and not (out / "latest.pt").is_file():
 time.sleep(float(flags.get("--sleep", 0)))
 value = float(flags["--way"]) + float(flags["--seed"]) ** 2
 trained = {"audio": value, **({"video": float(flags["--video"])} if "--video" in flags else {})}
+if flags["--data"] != "toy": shutil.copy(here / "done.pt", out / "latest.pt")
 if (here / flags["--way"]).is_dir(): shutil.copy(here / flags["--way"] / "latest.pt", out)
 (out / "log.jsonl").write_text('{"step": 1, "ms_step": 3000}\\n{"step": 5, "ms_step": 9000}\\n')
 print("1,206 steps of 64 clips, bf16")
 (out / "device.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
 (out / "times.txt").write_text(f"{began} {time.time()}")
-if flags["--data"] != "toy": (out / "curves.png").touch(); sys.exit()
+if flags["--data"] != "toy": sys.exit()
 (out / "results.json").write_text(json.dumps({
     "trained": trained, "untrained": {"audio": 5.0}, "raw input": {"audio": 30.0}, "chance": {"audio": 12.5},
     "seconds": 90}))
@@ -56,7 +60,7 @@ folder, broken = pathlib.Path(flags["--ckpt"]), here / "broken.txt"
 head = "attentive" if "attentive" in flags else "standardised"
 with open(here / "order.txt", "a") as f: f.write(f"{folder.name}:{key}:{baseline}\\n")
 if broken.is_file() and broken.read_text() == key: sys.exit("this probe is broken")
-row = {"head": head, "tested": key, "value": 40.0 if baseline else 80.0, "seconds": 30, "step": 7}
+row = {"head": head, "tested": key, "value": 40.0 if baseline else 80.0, "seconds": 30, "step": 3}
 row["data"] = flags["--data"]
 line = json.dumps(row).encode()
 odd = here / "line.txt"
@@ -67,7 +71,7 @@ STEP = f"{experiments.QUICK} --modality video"
 BOTH = ["ten-seed0", "twenty-and-more-seed0"]
 
 
-ENTRY = dict(flags="", after={}, only={}, formats={}, paper={}, source="", rivals=False)
+ENTRY = dict(flags="", after={}, only={}, formats={}, paper={}, source="", against={}, turned=False)
 
 
 @pytest.fixture
@@ -76,6 +80,7 @@ def start(tmp_path, monkeypatch):
     whose probes 80 (or 40 untrained), and gives what it started. The first row is of sound alone."""
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "probe.py").write_text(PROBE)
+    torch.save(dict(step=3, steps=3), tmp_path / "done.pt")
     monkeypatch.setattr(reproduce, "__file__", str(tmp_path / "reproduce.py"))
     rows = {"ten": "script.py --way 10", "twenty and more": "script.py --way 20"}
     small = dict(title="What: of what", columns={"audio": "trained/audio"}, rows=rows)
@@ -146,7 +151,7 @@ def test_a_run_that_fails_is_named_and_not_probed_the_others_go_on_and_the_next_
         start, tmp_path, capsys):
     fails(start, "--broken", "10", name="methods", match="1 of 2 runs did not finish")
     shown = capsys.readouterr().out
-    assert "ten, seed 0 failed (exit code 1)" in shown and "| linear probe, audio | 20.0 |" in shown
+    assert "ten, seed 0 failed (exit code 1)" in shown and "| linear probe, audio | – | 20.0 |" in shown
     assert "this way is broken" in (tmp_path / "out/ten-seed0/output.txt").read_text()
     fails(start, "--broken", "10", name="methods")
     assert started(tmp_path) == ["ten-seed0"]
@@ -162,11 +167,27 @@ def test_runs_of_another_or_no_command_are_refused_but_not_those_that_never_bega
     assert started(tmp_path) == []
 
 
-def test_a_row_keeps_its_own_flags_and_a_folder_may_move(start, tmp_path):
-    start("--way", "5")
-    assert table(tmp_path)[1]["ten"]["audio"]["values"] == {"0": 10}
+def test_a_folder_may_move_and_the_machine_may_be_another(start, tmp_path):
+    reproduce.EXPERIMENTS["small"].update(after={"x": ["probe.py --modality av --out {run}/x"]})
+    assert len(start("--data", "folder", "--data-dir", "clips")) == 2 * 3      # each with two steps
     (tmp_path / "out").rename(tmp_path / "moved")
-    assert start("--way", "5", "--out", str(tmp_path / "moved")) == []
+    clips = str(Path("clips").resolve())
+    again = ["--out", str(tmp_path / "moved"), "--workers", "1", "--device", "cpu"]
+    assert start("--data", "folder", "--data-dir", clips, *again) == []
+
+
+@pytest.mark.parametrize("name, flags, says", [
+    ("ajepa-loss", "--loss l2", "--loss"), ("ajepa-loss", "--los=l2", "--los"),
+    ("ncsu-sizes", "--size tiny", "--size"), ("avjepa-components", "--local none", "--local"),
+    ("avjepa-components", "--lam 0.5", "--lam"), ("avjepa-components", "--absent drop", "--absent")])
+def test_a_flag_that_tells_the_rows_apart_is_refused_and_one_of_all_rows_is_replaced(name, flags, says):
+    fails(planned, name, *flags.split(), match=f"{says}: rows of {name} set it themselves; leave it out")
+    _, runs = planned("ajepa-loss", "--steps", "7")
+    assert all(words_after(it["command"], "--steps")[-1] == "7" for it in runs)
+
+
+def words_after(words, flag):
+    return [word for before, word in zip(words, words[1:]) if before == flag]
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -174,6 +195,7 @@ def test_a_row_keeps_its_own_flags_and_a_folder_may_move(start, tmp_path):
     (["--seed", "3"], "decides that itself"), (["--data", "tous"], "--data tous: not a data set"),
     (["--row", "blocks"], "--row blocks: .* no such row, but random-patches-75, "),
     (["--places", "ids=x"], "--places ids=x: not NAME=PATH; names of ajepa-masking: none"),
+    (["--places", "ids"], "--places ids: not NAME=PATH"),
     (["--ckpt", "runs/x"], "--ckpt has no effect on ajepa-masking"), (["--jobs", "0"], "out of range"),
     (["--jobs", "2", "--launch", "torchrun"], "with --launch a run has all devices"),
     (["--out", __file__], "cannot be made .*; give another --out"),
@@ -208,7 +230,7 @@ def test_only_whole_rows_of_a_step_count(line, tmp_path):
     before = file.stat().st_size
     with open(file, "ab") as f:
         f.write(json.dumps(row).encode() + b"\n")
-    assert reproduce.new_rows(file, before) == [row] and reproduce.new_rows(file, 0) == []
+    assert tables.new_rows(file, before) == [row] and tables.new_rows(file, 0) == []
 
 
 def test_a_broken_row_of_a_probe_is_a_probe_that_is_missing(start, tmp_path, capsys):
@@ -235,7 +257,7 @@ def test_broken_files_of_a_run_are_as_good_as_none(start, tmp_path):
     assert "| linear probe, audio | 10.0 | – |" in table(tmp_path)[0]
     for content in ('{"command": 3}', "[]", '{"command": ["x"], "versions": null}'):
         (ten / "command.json").write_text(content)
-        fails(start, name="methods", match="holds a run of another command; give another --out, or remove it")
+        fails(start, name="methods", match="another command, see its command.json; give another --out")
 
 
 def test_a_full_disk_is_a_sentence_and_the_older_table_stays_whole(start, tmp_path, capsys):
@@ -279,7 +301,8 @@ def test_the_scripts_take_the_commands_of_each_experiment(name, flags, tmp_path)
 @pytest.mark.parametrize("recipe", ["paper", "toy"])
 @pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
 def test_what_an_entry_says_of_rows_and_columns_is_of_its_own(name, recipe):
-    it = reproduce.choose(SimpleNamespace(experiment=name, recipe=recipe))
+    it = reproduce.choose(SimpleNamespace(experiment=name, recipe=recipe, data="toy"))
+    assert not {*(it["against"] or ()), *sum((it["against"] or {}).values(), [])} - {*it["rows"]}
     assert not set(it["only"]) - set(it["rows"]) and not set(it["formats"]) - set(it["columns"])
     assert bool(it["paper"]) == bool(it["source"])
     for row, numbers in it["paper"].items():
@@ -375,7 +398,7 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     assert values["parameters trained"] == sum(p.numel() for p in trained)
     assert values["parameters of the encoder"] == sum(p.numel() for p in model.context_encoder.parameters())
     assert values["video tokens of a clip"] == 32 and values["audio tokens of a clip"] == 24
-    assert reproduce.step_times([]) == (None, None)
+    assert tables.step_times([]) == (None, None)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -386,24 +409,71 @@ def test_differences_are_those_of_the_same_seeds_and_the_small_ones_are_named():
     rng = np.random.default_rng(0)
     values = {"first": rng.normal(50, 9, 4), "near": rng.normal(50, 9, 4)}
     values["far"] = values["first"] + 5 + rng.normal(0, 1, 4)           # less than the spread of its seeds
-    it = {**ENTRY, "rows": dict.fromkeys(values, ""), "columns": {"top-1": "a", "raw, untrained": "b"}}
+    it = {**ENTRY, "rows": dict.fromkeys(values, ""), "columns": {"top-1": "a", "raw": "untrained/b"}}
     found = []
     for seed in range(4):
         for row, numbers in values.items():
             if (row, seed) != ("first", 3):             # the others then lack a pair
-                found.append((row, seed, {"a": numbers[seed], "b": 1}))
+                found.append((row, seed, {"a": numbers[seed], "untrained/b": 1}))
     table = tables.tabulate(it, found)
     for row in ("near", "far"):
         pairs = (values[row] - values["first"])[:3]
-        cell = table[row]["top-1"]["difference"]
+        cell = table[row]["top-1"]["differences"]["first"]
         np.testing.assert_allclose([cell["mean"], cell["std"]], [pairs.mean(), pairs.std(ddof=1)])
-        assert set(cell["values"]) == {0, 1, 2} and "difference" not in table[row]["raw, untrained"]
-    assert "difference" not in table["first"]["top-1"]
-    text, small = tables.differences(it, table)
-    far = table["far"]["top-1"]["difference"]
-    assert text.startswith("| difference to") and f"| far | {far['mean']:+.1f} ± {far['std']:.1f} |" in text
-    assert small == ["near, top-1"] and abs(table["near"]["top-1"]["difference"]["mean"]) < 9
-    assert "not shown by these seeds: near, top-1." in tables.notes(it, table, {})
+        assert set(cell["values"]) == {0, 1, 2} and "differences" not in table[row]["raw"]
+    assert "differences" not in table["first"]["top-1"]
+    text, small, single = tables.differences(it, table)
+    far = table["far"]["top-1"]["differences"]["first"]
+    assert f"| far, against first | {far['mean']:+.1f} ± {far['std']:.1f} |" in text and single == []
+    assert small == ["near, against first: top-1"]
+    assert "not shown by these seeds: near, against first: top-1." in tables.notes(it, table, {})
+
+
+def test_a_row_is_compared_with_those_that_its_entry_names_and_two_equal_ones_show_nothing():
+    it = {**ENTRY, "rows": dict.fromkeys("abc"), "columns": {"x": "x"}, "against": {"c": ["a", "b"], "b": []}}
+    values = {"a": (1, 2), "b": (5, 6), "c": (5, 6)}
+    found = [(row, seed, {"x": pair[seed]}) for row, pair in values.items() for seed in (0, 1)]
+    text, small, _ = tables.differences(it, tables.tabulate(it, found))
+    assert text.splitlines()[2:] == ["| c, against a | +4.0 ± 0.0 |", "| c, against b | +0.0 ± 0.0 |"]
+    assert small == ["c, against b: x"]
+    text = tables.notes(it, tables.tabulate(it, found[::2]), {})        # of one seed
+    assert "not shown: c, against a: x; c, against b: x." in text
+    none = {**it, "against": None}
+    assert tables.differences(none, tables.tabulate(none, found))[0] == ""
+
+
+def test_the_matched_rows_are_compared():
+    def choose(name, recipe):
+        return reproduce.choose(SimpleNamespace(experiment=name, recipe=recipe, data="toy"))
+
+    terms = choose("mjepa-terms", "paper")
+    for row in ("all nine", "and A<->V across"):
+        assert tables.others(terms, row) == ["shared, within alone", "shared, within alone, 3x"]
+    for recipe in ("paper", "toy"):
+        sizes = choose("ncsu-sizes", recipe)
+        for row in sizes["rows"]:
+            if "sound" in row:
+                assert tables.others(sizes, row) == [row.replace(" + sound", "")]
+    assert tables.others(choose("mjepa-frozen", "toy"), "toy-still") == []
+    pixels = choose("ncsu-pixels", "paper")
+    same = {column.split(": ")[1] for column in pixels["columns"] if tables.compared(pixels, column)}
+    assert same == {"decoder", "from predictions alone"}
+
+
+def test_a_row_without_a_run_keeps_its_line_and_no_papers_numbers_are_spoken_of_where_there_are_none():
+    it = {**ENTRY, "rows": dict.fromkeys("ab"), "columns": {"x": "x"}, "paper": {"b": {"x": 3}},
+          "source": "Table 1", "title": ""}
+    table = tables.tabulate(it, [("a", 0, {"x": 1})])
+    assert "| a | 1.0 | 0 |\n| b | – *(3)* | – |\n" in tables.markdown(it, table)
+    assert "In italics" in tables.notes(it, table, {}) and "diamonds" not in legend(it, table)
+    both = tables.tabulate(it, [("a", 0, {"x": 1}), ("b", 0, {"x": 1})])
+    assert "diamonds" in legend(it, both)
+    toy = {**it, "rows": dict.fromkeys("a")}
+    assert "In italics" not in tables.notes(toy, table, {})
+
+
+def legend(it, table):
+    return tables.draw(it, table).get_suptitle()
 
 
 def test_the_papers_numbers_stand_beside_ours_in_italics_and_grey_and_each_seed_is_a_dot(start, tmp_path):
@@ -440,7 +510,8 @@ def test_on_other_data_probes_give_the_numbers_that_a_toy_run_gives_itself(start
     assert start("--data", "folder", "--data-dir", "clips") == []
     other = ["--data", "folder", "--data-dir", "clips", "--probe-data", "toy"]
     assert len(start(*other)) == 5                      # the probes alone: they are of another set
-    (tmp_path / "out/ten-seed0/curves.png").unlink()                    # stopped before its end
+    torch.save(dict(step=2, steps=3), tmp_path / "out/ten-seed0/latest.pt")
+    (tmp_path / "out/ten-seed0/curves.png").touch()     # of visualize.py, on a run that has stopped
     assert start("--data", "folder", "--data-dir", "clips")[0] == BOTH[0]
     fails(start, "--data", "folder", "--data-dir", "others", match="another command")
 
@@ -456,11 +527,13 @@ def test_av_jepas_two_heads_are_probed_once(tmp_path):
     _, runs = planned("avjepa-components", "--data", "vggsound")
     assert list(runs[0]["steps"]) == ["probe.py --probe attentive --modality av",
                                       "probe.py --modality av --baseline untrained"]
-    row = dict(data="vggsound", seconds=1, step=9, value=3.0)
+    step = "probe.py --probe attentive --modality av"
+    words = reproduce.essence(runs[0]["steps"][step], tmp_path)
+    row = dict(words=words, seconds=1, step=9, value=3.0)
     rows = [dict(row, head="linear", tested="av"), dict(row, head="attentive", tested="av", value=4.0),
             dict(row, head="attentive", tested="video", value=5.0)]
     runs[0]["folder"] = tmp_path
-    (tmp_path / "steps.json").write_text(json.dumps({"probe.py --probe attentive --modality av": rows}))
+    (tmp_path / "steps.json").write_text(json.dumps({step: rows}))
     assert reproduce.numbers(runs[0], {}) == {
         "trained/av": 3, "trained/attentive/av": 4, "trained/attentive/video": 5}
 
@@ -482,7 +555,7 @@ def test_a_signal_reaches_all_jobs(start, monkeypatch, handlers):
     processes = []
     monkeypatch.setattr(reproduce, "launch", lambda *args: processes.append(launch(*args)) or processes[-1])
     with pytest.raises(SystemExit):
-        common.main_guard(lambda: start("--stop", "10", "--jobs", "2"))
+        common.main_guard(lambda: start("--stop", "10", "--others", "2", "--jobs", "2"))
     assert [process.returncode for process in processes] == [0, -signal.SIGTERM]
 
 
@@ -527,16 +600,84 @@ def test_three_times_the_steps_are_of_the_users_or_the_recipes():
 
 
 def test_sets_that_are_not_there_are_named_and_the_rest_is_probed(start, tmp_path, capsys):
-    rows = {"one": "probe.py --data esc50 --data-dir {esc50}",
+    rows = {"one": "probe.py --data esc50 --data-dir {esc50} --list {ids}",
             "two": "probe.py --data ssv2 --data-dir {ssv2}"}
     reproduce.EXPERIMENTS["small"].update(rows=rows, after={"trained": ["--modality audio"]})
     fails(start, match="trains nothing; give --ckpt")
     ckpt = write_checkpoint(tmp_path / "run")
-    more = ["--ckpt", str(ckpt), "--places", f"esc50={tmp_path}", "ssv2=nowhere"]
+    more = ["--ckpt", str(ckpt), "--places", f"esc50={tmp_path}", f"ids={tmp_path}"]
     assert start(*more, seeds="0 1") == ["one-seed0:audio:None", "one-seed1:audio:None"]
     assert "left out of two: what needs ssv2" in capsys.readouterr().out
     text, _ = table(tmp_path)
     assert "| one | 80.0 ± 0.0 (80.0, 80.0) | 0, 1 |" in text and "whole: two (seeds: all)." in text
     assert (tmp_path / "out/one-seed0/latest.pt").resolve() == (tmp_path / "run/latest.pt").resolve()
     assert not (tmp_path / "run/probe.jsonl").exists() and start(*more, seeds="0 1") == []
+    assert start("--ckpt", str(ckpt / "../run/latest.pt"), *more[2:]) == []     # the same, by other names
+    (tmp_path / "other").touch()
+    assert start(*more[:3], f"ids={tmp_path}/other", f"esc50={tmp_path}") == ["one-seed0:audio:None"]
+    content = weights(ckpt)
+    torch.save({**content, "step": 2}, ckpt / "latest.pt")              # it has moved on since
+    fails(start, *more, match="did not finish|has finished")
+    assert started(tmp_path) == ["one-seed0:audio:None"]
     fails(start, "--ckpt", str(tmp_path / "none"), match="there is no such checkpoint")
+    fails(start, *more[:2], "--size", "nano", match="--size: no effect on small, which trains nothing")
+    fails(start, *more, "ssv2=nowhere", match="--places ssv2=nowhere: nowhere is not there")
+
+
+def test_a_foreign_row_is_refused_before_another_is_trained(start, tmp_path):
+    start("--row", "ten", "--sleep", "0")
+    fails(start, "--row", "twenty-and-more", match="ten-seed0 holds a run of another command")
+    assert started(tmp_path) == []
+
+
+def test_a_run_that_another_process_has_begun_or_finished_is_left_alone(start, tmp_path, capsys, monkeypatch):
+    """The stub of the first row finishes the second's, as another process would, or holds its lock."""
+    out = tmp_path / "out"
+    start()
+    (out / BOTH[1]).rename(tmp_path / "theirs")
+    (out / BOTH[0] / "results.json").unlink()
+    (tmp_path / "10").mkdir()
+    (tmp_path / "10/latest.pt").touch()
+    take = "import shutil; shutil.move(here / 'theirs', out.parent / 'twenty-and-more-seed0')\n"
+    stub = (tmp_path / "script.py").read_text()
+    (tmp_path / "script.py").write_text(stub + take)
+    assert start() == BOTH[:1] and "| twenty and more | 20.0 | 0 |" in table(tmp_path)[0]
+    (tmp_path / "script.py").write_text(stub)
+    (out / BOTH[1] / "results.json").unlink()
+    (out / BOTH[1] / "steps.json").write_text("{}")
+    hold = ("import fcntl, sys\nf = open(sys.argv[1], 'a')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
+            "print(1, flush=True)\ninput()")
+    with subprocess.Popen([sys.executable, "-c", hold, out / BOTH[1] / ".lock"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        fails(start, match="1 of 2 runs did not finish")
+        assert started(tmp_path) == [] and (out / BOTH[1] / "steps.json").is_file()
+        assert "another run is writing there" in capsys.readouterr().out
+        other.communicate(b"\n")
+    assert start() == BOTH[1:]
+
+
+def test_on_sets_that_we_do_not_make_a_column_that_no_step_fills_is_left_out():
+    experiment, runs = planned("methods", "--data", "vggsound")
+    assert not [name for name in experiment["columns"] if re.search("10 labels|chance|evaluation", name)]
+    names = set(sum((list(it["names"].values()) for it in runs), ["run"]))
+    assert {path.split("/")[0] for path in experiment["columns"].values()} == names
+    assert "chance, probes" in planned("methods")[0]["columns"]
+
+
+def test_only_the_word_for_kept_checkpoints_is_many(tmp_path):
+    folder = tmp_path / "a*b"
+    folder.mkdir()
+    for name in ("step-000002.pt", "step-000001.pt"):
+        (folder / name).touch()
+    it = dict(folder=folder, steps={"s": ["probe.py", "--ckpt", f"{folder}/step-*.pt", "--out", str(folder)]})
+    assert reproduce.words_of(it, "s") == [
+        "probe.py", "--ckpt", f"{folder}/step-000001.pt", f"{folder}/step-000002.pt", "--out", str(folder)]
+
+
+def test_a_row_of_three_times_the_steps_is_estimated_as_three(start, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "script", SimpleNamespace(RECIPE={"steps": (9, 9)}))
+    start("--row", "ten")
+    reproduce.EXPERIMENTS["small"]["rows"]["long"] = "script.py --way 30 --steps 3x"
+    start("--dry-run", "--row", "long")                 # of 1,206 steps of 6 s, three times
+    assert f"about {3 * 1206 * 6 / 60:.0f} min, by the runs" in capsys.readouterr().out

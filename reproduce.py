@@ -182,7 +182,7 @@ def essence(words, folder):
         path = Path(str(word))
         if path.is_relative_to(folder):
             word = str("{run}" / path.relative_to(folder))
-        elif before in ("--data-dir", "--clips"):
+        elif before == "--data-dir" or before == "--clips" and path.is_file():     # a list, or a number
             word = str(path.resolve())
         kept.append(word)
     return kept

@@ -20,6 +20,8 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
+import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -41,13 +43,14 @@ import heads
 import tables
 from common import UserError, check_range, main_guard
 from experiments import EXPERIMENTS
-from run import COLUMNS, Help, choose_device, code_version, lock_folder, read_log, replace_file
+from run import COLUMNS, Help, choose_device, code_version, read_log, replace_file
 
 TRAIN = "train"                                         # of a run's steps the one that comes first
 PLACE = r"\{([\w-]+)\}"                                 # in a line of an experiment
 MACHINE = ("--workers", "--device")                     # flags that no value depends on
 KEPT = "step-*.pt"                                      # in a step's words: all checkpoints of a run
 MULTIPLE = r"--steps (\d+)x"                            # in a row's line
+WHOLE = ("--data", "--data-dir", "--epochs", "--fresh", "--out", "--resume", "--seed", "--steps")
 TOY_REPORT = r"chance/|.*/few/|run/minutes of evaluation"       # paths that the end of a toy run alone fills
 BASELINES = {"trained": "", "untrained": " --baseline untrained", "raw input": " --baseline raw"}
 
@@ -117,12 +120,15 @@ def plan(experiment, args, extra):
     takes the training's place; made: of follow; times: the others' steps that it trains; measured: whether a
     column wants its measures."""
     made = bool(data.find_set(args.data).make)
-    where = ["--data-dir", args.data_dir] if args.data_dir else []
+    where = ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
     source = ["--data", args.data, *where]
     given = []
     for flag, value in zip(MACHINE, (args.workers, args.device)):
         given += [flag, str(value)] if value is not None else []
-    said = [*shlex.split(experiment["flags"]), *source, *given, *args.given_recipe, *extra]
+    flags = experiment["flags"]
+    if "--epochs" in extra:                             # the scripts take the steps of the two
+        flags = re.sub(r"--steps \d+", "", flags)
+    said = [*shlex.split(flags), *source, *given, *args.given_recipe, *extra]
     measured = any(path.startswith("run/") for path in experiment["columns"].values())
     runs = []
     for seed in args.seeds:
@@ -172,9 +178,9 @@ def begun(run):
     return lists if all(isinstance(words, list) for words in lists) else ([], [])
 
 
-def essence(words, folder):
-    """The words that say what is computed: not those of the machine; paths in one spelling, those in the
-    run's folder below a name, for it may move."""
+def essence(words, folder, ckpt=None):
+    """The words that say what is computed: not those of the machine; paths in the run's folder below a name,
+    for it may move; of the checkpoint `ckpt` its size and time, by which another one is told."""
     kept = []
     for before, word in zip(["", *words], words):
         if before in MACHINE or word in MACHINE:
@@ -182,9 +188,10 @@ def essence(words, folder):
         path = Path(str(word))
         if path.is_relative_to(folder):
             word = str("{run}" / path.relative_to(folder))
-        elif before == "--data-dir" or before == "--clips" and path.is_file():     # a list, or a number
-            word = str(path.resolve())
         kept.append(word)
+    if ckpt:
+        about = os.stat(ckpt)
+        kept.append(f"{about.st_size} bytes of {about.st_mtime_ns}")
     return kept
 
 
@@ -208,7 +215,7 @@ def finished(run):
     trained = results if run["made"] else done == total
     # but for --out: it may move
     same = essence(command[:-2], folder) == essence(run["command"][:-2], folder)
-    if not same and (trained or latest.is_file()):
+    if not same and (trained or os.path.lexists(latest)):
         raise UserError(f"{folder} holds a run of another command, see its command.json; give another --out")
     if run["ckpt"]:
         return numbers(run, {})
@@ -242,9 +249,8 @@ def probed(run):
     found = {}
     for step, words in run["steps"].items():
         rows = kept.get(step)
-        if tables.are_rows(rows) and rows[0].get("words") == essence(words, run["folder"]):
-            if not run["ckpt"] or rows[0]["step"] == progress(run["ckpt"])[0]:
-                found[step] = rows
+        if tables.are_rows(rows) and rows[0].get("words") == essence(words, run["folder"], run["ckpt"]):
+            found[step] = rows
     return found
 
 
@@ -259,7 +265,9 @@ def missing(run):
 def measures(run, results):
     """Of a finished run {"run/measure": number}."""
     seconds, minutes = tables.step_times(read_log(run["folder"]))
-    values = {**tables.sizes(run["folder"]), "seconds a step": seconds, "minutes of training": minutes}
+    values = {"seconds a step": seconds, "minutes of training": minutes}
+    with contextlib.suppress(UserError):                # a checkpoint that is gone, or broken
+        values.update(tables.sizes(run["folder"]))
     if results and "seconds" in results:
         values["minutes of evaluation"] = results["seconds"] / 60
     rows = probed(run)
@@ -317,7 +325,8 @@ def words_of(run, step):
     """The words of a step, of which one is all checkpoints that a run has kept."""
     words = []
     for word in run["command"] if step == TRAIN else run["steps"][step]:
-        words += sorted(map(str, run["folder"].glob(KEPT))) if Path(word).name == KEPT else [word]
+        kept = sorted(map(str, run["folder"].glob(KEPT))) if Path(word).name == KEPT else []
+        words += kept or [word]                         # of none the script says so
     return words
 
 
@@ -328,6 +337,19 @@ def launch(run, step, words, device):
     command = [*words, str(Path(__file__).parent / script), *flags]
     with open(run["folder"] / "output.txt", "ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+
+
+def lock_job(folder):
+    """The file whose lock keeps other reproduce.py out of a run's folder, while it is open in this process.
+    UserError where one is at work there."""
+    file = open(folder / ".job", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another reproduce.py is at work there") from None
+    except OSError:                                     # a file system without locks
+        pass
+    return file
 
 
 def begin(run):
@@ -361,7 +383,7 @@ class Job:
         self.run["folder"].mkdir(parents=True, exist_ok=True)
         self.step = self.steps.pop(0)
         try:
-            self.locked = lock_folder(self.run["folder"])
+            self.locked = lock_job(self.run["folder"])
         except UserError as e:
             print(f"{name_of(self.run, self.step)}: {e}", flush=True)
             self.failed = True
@@ -370,8 +392,6 @@ class Job:
         self.before = tables.tabulate(experiment, found([self.run])).get(self.run["row"], {})
         if self.step == TRAIN or self.run["ckpt"]:
             begin(self.run)
-        if self.step == TRAIN:                          # which locks the folder itself
-            self.locked.close()
         searches = self.step.startswith("retrieval.py")
         self.file = self.run["folder"] / ("retrieval.jsonl" if searches else "probe.jsonl")
         self.size = self.file.stat().st_size if self.file.is_file() else 0
@@ -385,7 +405,7 @@ class Job:
         rows = tables.new_rows(self.file, self.size) if self.step != TRAIN and not code else []
         self.locked.close()
         if rows:
-            words = essence(self.run["steps"][self.step], self.run["folder"])
+            words = essence(self.run["steps"][self.step], self.run["folder"], self.run["ckpt"])
             rows = [{**row, "words": words} for row in rows]
             file = self.run["folder"] / "steps.json"
             write(file, {**(read(file) or {}), self.step: rows})
@@ -448,7 +468,13 @@ def run_all(experiment, left, args):
     try:
         while waiting or active:
             while waiting and free:
-                active.append(Job(waiting.pop(0)[0], free.pop(0)))
+                run, _ = waiting.pop(0)
+                try:
+                    active.append(Job(run, free[0]))
+                    free.pop(0)
+                except UserError as e:                  # another process has begun something else there
+                    print(e, flush=True)
+                    failed.append(run)
             for job in [job for job in active if not job.process or job.process.poll() is not None]:
                 if job.process:
                     done += 1
@@ -474,7 +500,10 @@ def run_all(experiment, left, args):
 
 def found(runs):
     """[(row, seed, {path: number})] of the runs that have finished."""
-    each = [(run["row"], run["seed"], finished(run)) for run in runs]
+    each = []
+    for run in runs:
+        with contextlib.suppress(UserError):            # of another command by now
+            each.append((run["row"], run["seed"], finished(run)))
     return [(row, seed, numbers) for row, seed, numbers in each if numbers]
 
 
@@ -534,8 +563,12 @@ def get_args(argv=None):
     args, unknown = parser.parse_known_args(argv)
     extra = []
     for word in unknown:
-        if word.split("=")[0] in ("--fresh", "--resume", "--seed"):
+        flag = word.split("=")[0]
+        if flag in ("--fresh", "--resume", "--seed"):
             raise UserError(f"{word}: an experiment decides that itself; leave it out")
+        begun = [name for name in WHOLE if flag.startswith("--") and name.startswith(flag) and name != flag]
+        if begun and flag not in WHOLE:                 # the scripts would take it for that one
+            raise UserError(f"{word}: write it out, as {begun[0]}")
         extra += word.split("=", 1) if word.startswith("--") else [word]
     for seed in args.seeds:
         check_range("--seeds", seed, 0, 2 ** 31)
@@ -591,7 +624,7 @@ def check_fit(args, experiment, extra):
                             f"{', '.join(sorted(known)) or 'none'}")
         if not os.path.exists(path):
             raise UserError(f"--places {word}: {path} is not there; give its path, or leave it out")
-        places[name] = path
+        places[name] = str(Path(path).resolve())
     args.places = places
 
 

@@ -617,11 +617,34 @@ def test_sets_that_are_not_there_are_named_and_the_rest_is_probed(start, tmp_pat
     assert start(*more[:3], f"ids={tmp_path}/other", f"esc50={tmp_path}") == ["one-seed0:audio:None"]
     content = weights(ckpt)
     torch.save({**content, "step": 2}, ckpt / "latest.pt")              # it has moved on since
-    fails(start, *more, match="did not finish|has finished")
-    assert started(tmp_path) == ["one-seed0:audio:None"]
+    assert start(*more) == ["one-seed0:audio:None"] and start(*more) == []
+    other = write_checkpoint(tmp_path / "second")       # of the same step, while the first one is gone
+    (ckpt / "latest.pt").unlink()
+    fails(start, "--ckpt", str(other), *more[2:], match="holds a run of another command")
     fails(start, "--ckpt", str(tmp_path / "none"), match="there is no such checkpoint")
+    more[1] = str(other)
     fails(start, *more[:2], "--size", "nano", match="--size: no effect on small, which trains nothing")
     fails(start, *more, "ssv2=nowhere", match="--places ssv2=nowhere: nowhere is not there")
+
+
+def test_the_users_epochs_take_the_place_of_an_entrys_steps():
+    _, runs = planned("ajepa-loss", "--epochs", "2")
+    assert "--steps" not in runs[0]["command"] and "--epochs" in runs[0]["command"]
+
+
+@pytest.mark.parametrize("word", ["--step", "--epoch", "--fres", "--see", "--dat"])
+def test_a_flag_that_is_cut_short_is_refused(word):
+    fails(planned, "ajepa-loss", word, "3", match=f"{word}: write it out, as --")
+
+
+def test_a_path_is_that_of_the_call_wherever_the_next_call_is_made(monkeypatch, tmp_path):
+    commands = []
+    for place in ("a", "b"):
+        (tmp_path / place / "clips").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        _, runs = planned("ajepa-loss", "--data", "folder", "--data-dir", "clips")
+        commands.append(runs[0]["command"])
+    assert str(tmp_path / "a" / "clips") in commands[0] and commands[0] != commands[1]
 
 
 def test_a_foreign_row_is_refused_before_another_is_trained(start, tmp_path):
@@ -647,12 +670,12 @@ def test_a_run_that_another_process_has_begun_or_finished_is_left_alone(start, t
     (out / BOTH[1] / "steps.json").write_text("{}")
     hold = ("import fcntl, sys\nf = open(sys.argv[1], 'a')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
             "print(1, flush=True)\ninput()")
-    with subprocess.Popen([sys.executable, "-c", hold, out / BOTH[1] / ".lock"], stdin=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, "-c", hold, out / BOTH[1] / ".job"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         fails(start, match="1 of 2 runs did not finish")
         assert started(tmp_path) == [] and (out / BOTH[1] / "steps.json").is_file()
-        assert "another run is writing there" in capsys.readouterr().out
+        assert "another reproduce.py is at work there" in capsys.readouterr().out
         other.communicate(b"\n")
     assert start() == BOTH[1:]
 

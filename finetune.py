@@ -178,12 +178,16 @@ def name_clips(listing):
     return f"{len(listing)} ({fingerprint([listing.files, listing.labels, listing.offsets, classes])})"
 
 
+def count_classes(listing):
+    """How many clips are of each class (C,)."""
+    return np.bincount(listing.labels, minlength=len(listing.classes))
+
+
 def clip_weights(listing):
     """How likely each clip is drawn (N,), in sum 1: the sum over its classes of 1 / the clips of the class
     (AST, arXiv 2104.01778, Sec. 3.1 and its code's gen_weight_file, with replacement; Audio-MAE has the same
     weights, and draws without). A clip without a class is never drawn."""
-    counts = np.bincount(listing.labels, minlength=len(listing.classes))
-    summed = np.concatenate([[0.0], np.cumsum(1 / counts[listing.labels])])
+    summed = np.concatenate([[0.0], np.cumsum(1 / count_classes(listing)[listing.labels])])
     weights = np.diff(summed[listing.offsets])
     return weights / weights.sum()
 
@@ -252,8 +256,7 @@ def make_tuned(recipe, protocol, views, encoder, listing):
     """The Tuned of a recipe."""
     weight = None
     if recipe["pos_weight"] and listing.multilabel:
-        positives = torch.from_numpy(np.bincount(listing.labels, minlength=len(listing.classes)))
-        weight = kinds.positive_weight(positives, len(listing)).float()
+        weight = kinds.positive_weight(torch.from_numpy(count_classes(listing)), len(listing)).float()
     tuning = Tuning(
         tuple(recipe["heads"]), listing.classes, listing.multilabel, views, protocol.average,
         recipe["layers"], recipe["mix"])

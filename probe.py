@@ -1063,8 +1063,10 @@ def show_classes(args, process):
 
 def main(argv=None):
     args = get_args(argv)
-    start = run.any_processes if args.probe == "finetune" else run.one_process
-    process, workers = start(args, "probe.py")
+    if args.probe == "finetune":
+        process, workers = run.any_processes(args)
+    else:
+        process, workers = run.one_process(args, "probe.py")
     if args.query:
         show_classes(args, process)
         return

@@ -184,7 +184,7 @@ def default_workers(process):
     return max(1, min(16, free // local))
 
 
-def any_processes(args, script=None):
+def any_processes(args):
     """(Process, number of data workers) of a command, by its flags."""
     process = start_process(args.device, args.bf16)
     return process, default_workers(process) if args.workers is None else args.workers

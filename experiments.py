@@ -19,6 +19,9 @@ An entry has a title, columns, rows {name: command line} and what of these there
     against     {row: the rows that it is compared with}; the first row for those not named, None for no
                 comparisons at all
     turned      the table stands on its side, a column for each row
+    curves      {title: folder below a run's}: a picture of the log.jsonl there, a line for each row, the mean
+                of its seeds. {data} is the set that is probed
+A column with {step} in it stands for one of each checkpoint that the runs have kept.
 """
 
 SOUND = "--modality audio"
@@ -95,11 +98,9 @@ SOUND_IMAGINED = imagined("sound", "audio")
 IMAGINED = {**VIDEO_IMAGINED, **SOUND_IMAGINED}
 
 
-def curves(last, every, probe, kind=""):
+def over_steps(every, probe, kind=""):
     """Video alone at the checkpoints of a run, and of the untrained encoder as the first."""
-    columns = {"step 0": f"untrained/{kind}video"}
-    for step in range(every, last + 1, every):
-        columns[f"step {step:,}"] = f"kept/{step}/{kind}video"
+    columns = {"step 0": f"untrained/{kind}video", "step {step:,}": f"kept/{{step}}/{kind}video"}
     after = {"kept": [f"{probe} {PICTURE} --ckpt {{run}}/step-*.pt"]}
     if kind:                                            # else the small table has it
         after["untrained"] = [f"{probe} {PICTURE} --baseline untrained"]
@@ -301,9 +302,14 @@ EXPERIMENTS = {
         title="AVJEPA: does sound help a small model?",
         columns=asked_by({"video alone": "video", "video + sound": "av"}, "attentive/"),
         **sizes(Tiny="--size tiny", Small="--size small", Base=""),
-        after=states("probe.py --probe attentive", PICTURE, BOTH),
-        toy=dict(**sizes(nano="--size nano", toy=""), after={},
-                 columns=asked_by({"video alone": "video", "video + sound": "av"}))),
+        # decoded anew each time: 7 of them are a sixth of the training
+        after=states("probe.py --probe attentive --test-every 860", PICTURE, BOTH),
+        curves={"pre-training (Fig. 3)": "",
+                "the head's training, video alone (Fig. 4)": "attentive-{data}-video/seed0",
+                "the head's training, video + sound": "attentive-{data}-av/seed0"},
+        toy=dict(**sizes(nano="--size nano", toy=""), after=states(f"{QUICK} --test-every 100", PICTURE),
+                 columns={**asked_by({"video alone": "video", "video + sound": "av"}),
+                          **asked_by({"video alone, attentive": "video"}, "attentive/")})),
     "ncsu-pixels": dict(
         title="AVJEPA: what it imagines of hidden patches, squared error",
         columns=IMAGINED,
@@ -317,13 +323,14 @@ EXPERIMENTS = {
         after={"together": ["pixels.py"],
                "together, untrained": ["pixels.py --baseline untrained"],
                "apart": ["pixels.py --decode apart"],
-               "apart, untrained": ["pixels.py --decode apart --baseline untrained"]}),
+               "apart, untrained": ["pixels.py --decode apart --baseline untrained"]},
+        curves={"the decoder's training (Fig. 5)": "pixels-{data}"}),
     "ncsu-curves": dict(
         title="AVJEPA: probes of video alone over the iterations of a run",
         rows={"trained on video": "avjepa_ncsu.py --modalities video",
               "trained on video + sound": "avjepa_ncsu.py"},
-        **curves(2000, 250, "probe.py --probe attentive", "attentive/"),
-        toy=curves(900, 150, "probe.py")),
+        **over_steps(250, "probe.py --probe attentive", "attentive/"),
+        toy=over_steps(150, "probe.py")),
 
     "methods": dict(
         title="The four methods: frozen encoders on held-out clips, probes and retrieval (R@10)",

@@ -9,7 +9,8 @@ Trains a decoder from what the context encoder says of the visible patches, and 
 ones, to the patches themselves: RUN/pixels-DATA.png draws held-out clips, and a row in RUN/probe.jsonl has
 the squared error beside that of the mean image and of a copy of the nearest visible patch. With --decode
 apart a hidden patch is decoded from predictions alone: else the decoder fills it in by itself. RUN is of a
-method that predicts hidden patches.
+method that predicts hidden patches. RUN/pixels-DATA/log.jsonl has the decoder's losses, which `visualize.py
+curves RUN/pixels-DATA` draws.
 """
 import signal
 
@@ -231,29 +232,31 @@ def random_view(rng, duration, inputs, keys):
     return data.place_views([rng.uniform()], inputs, duration, "video" in keys, "audio" in keys)
 
 
-def train_decoder(decode, parameters, batches, steps, lr, troubles):
+def train_decoder(decode, parameters, batches, steps, lr, troubles, log=None):
     """Train on the squared error of all patches, visible and hidden alike. decode(batch, step): {modality:
-    Decoded}. Returns the mean image of the clips, {modality: (N, P)}."""
+    Decoded}; log: a run.Log. Returns the mean image of the clips, {modality: (N, P)}."""
     # unspecified: loss and schedule; AdamW without weight decay, cosine to 0, the mean over the modalities
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     total = collections.Counter()
     count = collections.Counter()
     for step, batch in enumerate(tqdm(batches, desc="pixels", unit="step", total=steps)):
         troubles.add(batch)
-        losses = []
+        losses = {}
         for m, (pixels, truth, _, has) in decode(batch, step).items():
             # on the CPU: MPS has no float64
             total[m] = total[m] + truth[has].sum(0).cpu().double()                  # (N, P)
             count[m] += int(has.sum())
             error = (pixels - truth).square().mean((1, 2))                          # (B,)
-            losses.append((error * has).sum() / has.sum().clamp_min(1))
-        loss = sum(losses) / len(losses)
+            losses[m] = (error * has).sum() / has.sum().clamp_min(1)
+        loss = sum(losses.values()) / len(losses)
         if not math.isfinite(loss.item()):
             raise UserError(f"the loss is not finite at step {step}; lower --lr")
         optimizer.param_groups[0]["lr"] = common.cosine(step, steps, lr, 0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if log:
+            log.add(step, {"loss": loss.item(), **{f"loss/{m}": x.item() for m, x in losses.items()}})
     check_all_seen(count, "training")
     return {m: (total[m] / count[m]).float() for m in total}
 
@@ -454,14 +457,14 @@ def list_splits(args):
     return train, test
 
 
-def fit_decoder(decoder, decode, train, inputs, steps, batch_size, args, process, workers):
+def fit_decoder(decoder, decode, train, inputs, steps, batch_size, args, process, workers, log):
     """Train a decoder on the clips of a listing; returns their mean image."""
     plan = functools.partial(random_view, inputs=inputs, keys=tuple(decoder.grids))
     clips = data.Clips(train, inputs, plan, args.seed)
     order = data.Batches(len(train), batch_size, args.seed, 0, steps)
     loader = data.train_loader(clips, order, workers, process.device.type == "cuda")
     troubles = data.Troubles(len(train), 1.0)
-    return train_decoder(decode, decoder.parameters(), loader, steps, args.lr, troubles)
+    return train_decoder(decode, decoder.parameters(), loader, steps, args.lr, troubles, log)
 
 
 def read_middles(listing, inputs, keys, batch, workers, label):
@@ -506,13 +509,14 @@ def main(argv=None):
     decoder = decoder.to(process.device)
     recipe = content["recipe"]
     decode = functools.partial(decode_batch, model, draw_masks, recipe, decoder, args.seed, process)
-    mean = fit_decoder(decoder, decode, train, inputs, steps, batch_size, args, process, workers)
+    file = name_picture(args, modality if len(keys) < len(vit.grids) else None)
+    log = run.Log(file.with_suffix(""), steps)
+    mean = fit_decoder(decoder, decode, train, inputs, steps, batch_size, args, process, workers, log)
     batches = read_middles(test, inputs, keys, batch_size, workers, "test")
     errors, count, whole = pixel_errors(decode, batches, mean, grids, steps)
     print_errors(errors, count)
 
     chosen = sorted(np.random.default_rng(args.seed).permutation(whole)[:4].tolist())
-    file = name_picture(args, modality if len(keys) < len(vit.grids) else None)
     run.add_row(args.ckpt, "probe.jsonl", {
         "data": args.data,
         "probe": "pixels",

@@ -22,7 +22,9 @@ Fine-tuning is a training run (finetune.py): a folder for each seed and fold, a 
 every script takes; stopped, the same command goes on.
 
 Each result is a row in RUN/probe.jsonl: one for each checkpoint, each head and each modality that it was
-tested on; `visualize.py curves RUN` draws them over the steps.
+tested on; `visualize.py curves RUN` draws them over the steps. RUN/PROBE-DATA-MODALITY/seedN/log.jsonl has
+the losses of heads that learn step by step, and with --test-every what they score on the way: `visualize.py
+curves` draws that folder too.
 
 --save-features writes an npz with files (N,), clip (N, D) float32, seconds (length of a view), with
 --patch-level also patch (N, views, tokens, D) float16, and where there are labels also labels, (N,) indices
@@ -159,8 +161,8 @@ def choose_protocol(args, encoder):
                 values["batch_share"] = 1.0
     if "regression" in heads:
         heads["regression"] = ()
-        for name in ("lr", "epochs", "steps", "batch_size", "cache_gb"):
-            if getattr(args, name) is not None:
+        for name in ("lr", "epochs", "steps", "batch_size", "cache_gb", "test_every"):
+            if getattr(args, name, None) is not None:
                 raise UserError(f"{flag(name)} has no effect on a regression, which has no rates and no "
                                 "steps and keeps its features; leave it out, or give --head linear")
         if args.mix:
@@ -299,10 +301,41 @@ def rounds(fold):
 # Heads are trained, chosen and tested
 # ----------------------------------------------------------------------------------------------------------
 
-def train_heads(heads, lrs, source, listing, chosen, protocol, seed, label):
+@dataclass
+class Watch:
+    """The log of heads while they learn: their losses, and every `test_every` steps what they score on the
+    clips `outer` of a source, by which nothing is chosen. A training on all clips takes the place of that
+    which chose the rates."""
+    folder: Path
+    test_every: int | None
+    protocol: SimpleNamespace
+    source: Decoded
+    outer: np.ndarray
+
+    def begin(self, names, steps):
+        self.names = names
+        self.steps = steps
+        self.log = run.Log(self.folder, steps)
+
+    def step(self, step, heads, losses):
+        """losses: of the heads, those that are lost are not finite."""
+        values = {f"loss/{name}": loss for name, loss in zip(self.names, losses) if math.isfinite(loss)}
+        test = bool(self.test_every) and ((step + 1) % self.test_every == 0 or step + 1 == self.steps)
+        modality = self.source.views.modality
+        found = score(heads, self.source, self.outer, [modality], self.protocol, "test") if test else {}
+        for positions, scores in found.values():
+            targets = self.source.listing.targets(positions)
+            for name, of_head in zip(self.names, scores):
+                if of_head.isfinite().all():
+                    metric, value, _ = kinds.measure(of_head, targets)
+                    values[f"test {metric}/{name}"] = value
+        self.log.add(step, values, test)
+
+
+def train_heads(heads, lrs, source, listing, chosen, protocol, seed, label, watch=None):
     """Train heads on a frozen encoder, each at its rate, on the clips `chosen` of a listing, in one pass over
     their features: AdamW without weight decay. The losses of the heads of one rate are summed and their
-    gradient is clipped as one."""
+    gradient is clipped as one. watch: a Watch that has begun."""
     process = source.process
     batch, steps = schedule(protocol, len(chosen))
     groups = [{"params": list(head.parameters()), "peak": lr, "weight_decay": 0.0}
@@ -324,18 +357,20 @@ def train_heads(heads, lrs, source, listing, chosen, protocol, seed, label):
                 step, steps, group["peak"], protocol.warmup, protocol.warmup_start, protocol.lr_end)
         targets = listing.targets(positions).to(process.device)
         optimizer.zero_grad()
-        learnt = 0
+        losses = []
         for head in heads:
             with process.autocast():
                 scores = head.train()(tokens, embedding)
             loss = kinds.loss_of(scores.float(), targets, protocol.smoothing, weight)
-            if math.isfinite(loss.item()):              # a rate that is too high loses, the others go on
+            losses.append(loss.item())
+            if math.isfinite(losses[-1]):               # a rate that is too high loses, the others go on
                 loss.backward()
-                learnt += 1
-        if not learnt:
+        if not any(map(math.isfinite, losses)):
             raise UserError(f"the loss is not finite at step {step}; lower --lr")
         clip_gradients(optimizer, protocol)
         optimizer.step()
+        if watch:
+            watch.step(step, heads, losses)
     if not begun:
         raise UserError(f"{listing.name}: no two training clips of a batch can be read; give another "
                         "--modality, or look at the files with python data.py --check")
@@ -452,9 +487,9 @@ def fit_kept(protocol, source, listing, inner, held):
     return [head.to(source.process.device)], [choice]
 
 
-def fit_heads(protocol, source, listing, inner, held, seed):
+def fit_heads(protocol, source, listing, inner, held, seed, watch=None):
     """Train the heads of a protocol at each rate, choose by the clips `held`, and train the best on all where
-    these are no official ones: ([head], [dict(lr, held_out)])."""
+    these are no official ones: ([head], [dict(lr, held_out)]). watch: a Watch of it."""
     candidates = []
     for name, lrs in protocol.heads.items():
         candidates += [(name, lr) for lr in lrs]
@@ -466,8 +501,14 @@ def fit_heads(protocol, source, listing, inner, held, seed):
 
     def train(candidates, chosen, label):
         heads = [copy.deepcopy(first[name]).to(source.process.device) for name, _ in candidates]
+        if watch:
+            _, steps = schedule(protocol, len(chosen))
+            several = len(candidates) > len(protocol.heads)         # rates of a head
+            names = [f"{name}, lr {lr:g}" if several else name for name, lr in candidates]
+            watch.begin(names, steps)
         torch.manual_seed(seed)
-        train_heads(heads, [lr for _, lr in candidates], source, listing, chosen, protocol, seed, label)
+        lrs = [lr for _, lr in candidates]
+        train_heads(heads, lrs, source, listing, chosen, protocol, seed, label, watch)
         return heads
 
     heads = train(candidates, inner, protocol.probe)
@@ -490,9 +531,9 @@ def fit_heads(protocol, source, listing, inner, held, seed):
     return train([candidates[i] for i in best], everything, f"{protocol.probe}, on all"), chosen
 
 
-def fit_and_test(protocol, sources, train, test, task, tested):
+def fit_and_test(protocol, sources, train, test, task, tested, watch=None):
     """Train on clips of one listing, test on those of another: what test_heads returns. sources: of either
-    listing's features."""
+    listing's features; watch: a Watch of heads that learn step by step."""
     source, test_source = sources
     readable = source.readable(task.inner)
     if len(readable) < len(task.inner):                 # what is left out may be a whole class
@@ -500,7 +541,7 @@ def fit_and_test(protocol, sources, train, test, task, tested):
     if "regression" in protocol.heads:
         heads, chosen = fit_kept(protocol, source, train, task.inner, task.held)
     else:
-        heads, chosen = fit_heads(protocol, source, train, task.inner, task.held, task.seed)
+        heads, chosen = fit_heads(protocol, source, train, task.inner, task.held, task.seed, watch)
     return test_heads(protocol, heads, chosen, test_source, train.subset(readable), task.outer, tested)
 
 
@@ -673,10 +714,11 @@ def run_probe(args, protocol, views, encoder, load, train, test, tasks, process,
             protocol, views, encoder, train, test, tasks, tested, process, workers, cache_gb)
     results = {}
     for task in tasks:
+        out = folder_of(args, views, train, task)
         if protocol.frozen:
-            found = fit_and_test(protocol, sources, train, test, task, tested)
+            watch = Watch(out, args.test_every, protocol, sources[1], task.outer)
+            found = fit_and_test(protocol, sources, train, test, task, tested, watch)
         else:
-            out = tuned_folder(args, views, train, task)
             found = tune_and_test(
                 args, protocol, views, load, train, test, task, tested, process, workers, out)
         if found is None:
@@ -692,10 +734,11 @@ def run_probe(args, protocol, views, encoder, load, train, test, tasks, process,
     return joined
 
 
-def tuned_folder(args, views, train, task):
-    """Where a fine-tuning is kept: in --out, or beside the checkpoint, a folder for each seed and fold."""
+def folder_of(args, views, train, task):
+    """Where a fine-tuning is kept, and the log of a head: in --out, or beside the checkpoint, a folder for
+    each seed and fold."""
     file = common.checkpoint_file(args.ckpt)
-    name = f"finetune-{args.data}-{views.modality}"
+    name = f"{args.probe}-{args.data}-{views.modality}"
     if file.name != "latest.pt":
         name += f"-{file.stem}"
     if args.baseline:
@@ -803,6 +846,7 @@ def print_rows(table, columns):
 PROBES = ("linear", "attentive", "finetune")
 NEEDS = {  # flag: what it serves; those that are not here serve all of it
     "cache_gb":            ("linear", "attentive"),
+    "test_every":          ("linear", "attentive"),
     "encoder_lr":          ("finetune",),
     "regularised_masking": ("finetune",),
     **dict.fromkeys(("out", "fresh", "accumulate", "log_every", "save_every", "max_bad", "compile",
@@ -813,9 +857,10 @@ NEEDS = {  # flag: what it serves; those that are not here serve all of it
     "patch_level":         ("save-features",)}
 RANGES = {
     "epochs": (1, 10 ** 6), "steps": (1, 10 ** 9), "batch_size": (2, 10 ** 6), "lr": (1e-9, 10),
-    "encoder_lr": (0, 10), "regularised_masking": (0, 1), "views": (1, 1000), "seconds": (0.1, 3600),
-    "cache_gb": (0, 10 ** 6), "workers": (0, 1024), "seed": (0, 2 ** 31), "seeds": (0, 2 ** 31),
-    "clips": (0, 10 ** 9), "mixup": (0, 1000), "specaugment": (0, 10 ** 6), **run.LOOP_RANGES}
+    "test_every": (1, 10 ** 9), "encoder_lr": (0, 10), "regularised_masking": (0, 1), "views": (1, 1000),
+    "seconds": (0.1, 3600), "cache_gb": (0, 10 ** 6), "workers": (0, 1024), "seed": (0, 2 ** 31),
+    "seeds": (0, 2 ** 31), "clips": (0, 10 ** 9), "mixup": (0, 1000), "specaugment": (0, 10 ** 6),
+    **run.LOOP_RANGES}
 
 
 def flag(name):
@@ -924,6 +969,9 @@ def make_parser():
     add_run("--out", help="fine-tuning: folder, with one for each seed and fold in it (default: "
         "finetune-DATA-MODALITY beside the checkpoint)")
     run.loop_flags(add_data, add_run, add_machine)
+    add_method("--test-every", type=int,
+        help="of a frozen encoder's heads: test them every so many steps too, for the curves alone; default: "
+        "none")
     add_method("--cache-gb", type=float,
         help="a probe keeps its features in memory up to this size, else it decodes anew; default: 4")
     return parser

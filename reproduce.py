@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import fcntl
 import importlib
-import json
 import os
 import re
 import shlex
@@ -39,16 +38,14 @@ import torch
 
 import common
 import data
-import heads
 import tables
 from common import UserError, check_range, main_guard
 from experiments import EXPERIMENTS
-from run import COLUMNS, Help, choose_device, code_version, read_log, replace_file
+from run import COLUMNS, Help, choose_device, code_version
 
 TRAIN = "train"                                         # of a run's steps the one that comes first
 PLACE = r"\{([\w-]+)\}"                                 # in a line of an experiment
 MACHINE = ("--workers", "--device")                     # flags that no value depends on
-KEPT = "step-*.pt"                                      # in a step's words: all checkpoints of a run
 MULTIPLE = r"--steps (\d+)x"                            # in a row's line
 WHOLE = ("--data", "--data-dir", "--epochs", "--fresh", "--out", "--resume", "--seed", "--steps")
 TOY_REPORT = r"chance/|.*/few/|run/minutes of evaluation"       # paths that the end of a toy run alone fills
@@ -63,16 +60,13 @@ def choose(args):
     """The experiment as the recipe has it, with all that an entry may leave out."""
     entry = EXPERIMENTS[args.experiment]
     toy = entry.get("toy", {}) if args.recipe == "toy" else {}
-    rest = dict(flags="", after={}, only={}, formats={}, paper={}, source="", against={}, turned=False)
+    rest = dict(flags="", after={}, only={}, formats={}, paper={}, source="", against={}, turned=False,
+                curves={})
     experiment = {**rest, **entry, **toy}
     if not data.find_set(args.data).make:
         columns = experiment["columns"].items()
         experiment["columns"] = {name: path for name, path in columns if not re.match(TOY_REPORT, path)}
     return experiment
-
-
-def slug(row):
-    return re.sub("[^a-z0-9]+", "-", row.lower()).strip("-")
 
 
 def trains(line):
@@ -133,7 +127,7 @@ def plan(experiment, args, extra):
     runs = []
     for seed in args.seeds:
         for row, line in experiment["rows"].items():
-            folder = Path(args.out) / f"{slug(row)}-seed{seed}"
+            folder = Path(args.out) / f"{tables.slug(row)}-seed{seed}"
             script, *flags = shlex.split(multiply(line, said, args.recipe))
             command = [script, *said, *flags] if trains(line) else [args.ckpt, *source]
             command += ["--seed", str(seed), "--out", str(folder)]
@@ -156,24 +150,10 @@ def plan(experiment, args, extra):
     return runs
 
 
-def read(path):
-    """The dict in a JSON file, None if it is missing, cut off or something else."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def write(path, content):
-    text = json.dumps(content, indent=1) + "\n"
-    replace_file(path, lambda file: file.write(text.encode()))
-
-
 def begun(run):
     """(command, versions of the code) by which a run was begun; two empty lists where it was not, or the file
     that says so is broken."""
-    content = read(run["folder"] / "command.json") or {}
+    content = tables.read(run["folder"] / "command.json") or {}
     lists = [content.get("command"), content.get("versions")]
     return lists if all(isinstance(words, list) for words in lists) else ([], [])
 
@@ -209,7 +189,7 @@ def finished(run):
     finished. Raises UserError if the folder holds a run of another command."""
     command, _ = begun(run)
     folder = run["folder"]
-    results = read(folder / "results.json")
+    results = tables.read(folder / "results.json")
     latest = folder / "latest.pt"
     done, total = progress(latest)
     trained = results if run["made"] else done == total
@@ -217,35 +197,19 @@ def finished(run):
     same = essence(command[:-2], folder) == essence(run["command"][:-2], folder)
     if not same and (trained or os.path.lexists(latest)):
         raise UserError(f"{folder} holds a run of another command, see its command.json; give another --out")
-    if run["ckpt"]:
-        return numbers(run, {})
-    if not same or not trained:
+    if not run["ckpt"] and not (same and trained):
         return None
-    return {**numbers(run, results or {}), **(measures(run, results) if run["measured"] else {})}
-
-
-def numbers(run, results):
-    """{path: number}: of results.json, and of the rows that the steps behind a training wrote, each below the
-    name of its step."""
-    flat = tables.flatten(results)
-    for step, rows in probed(run).items():
-        for row in rows:
-            above = [run["names"][step]]
-            if KEPT in step:
-                above.append(str(row["step"]))
-            if "tested" not in row:                     # of pixels.py or retrieval.py
-                flat.update(tables.flatten(row, *above))
-                continue
-            if row["head"] not in (*heads.ON_EMBEDDING, "regression"):
-                above.append("attentive")
-            flat["/".join((*above, row["tested"]))] = row["value"]
-    return flat
+    rows = probed(run)
+    numbers = tables.numbers(results or {}, rows, run["names"])
+    if run["measured"]:
+        numbers.update(tables.measures(folder, results or {}, rows, len(run["steps"])))
+    return numbers
 
 
 def probed(run):
     """The rows that a run's steps have written by the words that they have now, and on the checkpoint as it
     is now: {step: rows}."""
-    kept = read(run["folder"] / "steps.json") or {}
+    kept = tables.read(run["folder"] / "steps.json") or {}
     found = {}
     for step, words in run["steps"].items():
         rows = kept.get(step)
@@ -262,59 +226,31 @@ def missing(run):
     return [step for step in run["steps"] if step not in rows]
 
 
-def measures(run, results):
-    """Of a finished run {"run/measure": number}."""
-    seconds, minutes = tables.step_times(read_log(run["folder"]))
-    values = {"seconds a step": seconds, "minutes of training": minutes}
-    with contextlib.suppress(UserError):                # a checkpoint that is gone, or broken
-        values.update(tables.sizes(run["folder"]))
-    if results and "seconds" in results:
-        values["minutes of evaluation"] = results["seconds"] / 60
-    rows = probed(run)
-    if rows and len(rows) == len(run["steps"]):
-        values["minutes of the steps after"] = sum(map(tables.seconds_of, rows.values())) / 60
-    return tables.flatten({"run": values})
-
-
 # ----------------------------------------------------------------------------------------------------------
 # How long it takes
 # ----------------------------------------------------------------------------------------------------------
 
-def pace(run):
-    """(seconds a step, steps done, steps in all) of a run that has begun, by its log and its output, or
-    None."""
-    log = read_log(run["folder"])
-    seconds, _ = tables.step_times(log)
-    output = run["folder"] / "output.txt"
-    text = output.read_text("utf-8", "replace") if output.is_file() else ""
-    said = re.findall(r"([\d,]+) steps of \d+ clips", text)
-    return (seconds, log[-1]["step"] + 1, int(said[-1].replace(",", ""))) if said and seconds else None
-
-
 def estimate(runs, left, jobs):
-    """How long the steps left [(run, steps)] take, in words: by what the same have taken, and a training that
-    has not begun by the mean of the others."""
-    paces = {run["folder"]: known for run in runs if (known := pace(run))}
-    each = [seconds for seconds, _, _ in paces.values()]
-    totals = [paces[run["folder"]][2] / run["times"] for run in runs if run["folder"] in paces]
+    """How long the steps left [(run, steps)] take, in words, by what the same have taken."""
     took = {}
+    done = {}
     for run in runs:
+        seconds, done[run["folder"]] = tables.training_time(run["folder"])
+        if seconds:
+            took.setdefault(TRAIN, []).append(seconds / run["times"])
         for step, rows in probed(run).items():
             took.setdefault(step, []).append(tables.seconds_of(rows))
-    times = []
+    total = 0.0
+    unknown = 0
     for run, steps in left:
-        for step in steps:
-            if step == TRAIN and paces:
-                new = (statistics.mean(each), 0, statistics.mean(totals) * run["times"])
-                seconds, done, total = paces.get(run["folder"], new)
-                times.append(seconds * max(0, total - done))
-            else:
-                times.append(statistics.mean(took[step]) if step in took else None)
-    known = [seconds for seconds in times if seconds is not None]
-    if not known:
+        unknown += sum(step not in took for step in steps)
+        for step in set(steps) & took.keys():
+            share = run["times"] * (1 - done[run["folder"]]) if step == TRAIN else 1
+            total += statistics.mean(took[step]) * share
+    if not total:
         return "how long it takes is not known: none of it has been run yet"
-    unknown = f" and {len(times) - len(known)} steps of which none has been run" if times != known else ""
-    return f"about {sum(known) / 60 / min(jobs, len(left)):.0f} min{unknown}, by the runs that there are"
+    beside = f" and {unknown} steps of which none has been run" if unknown else ""
+    return f"about {total / 60 / min(jobs, len(left)):.0f} min{beside}, by the runs that there are"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -325,7 +261,7 @@ def words_of(run, step):
     """The words of a step, of which one is all checkpoints that a run has kept."""
     words = []
     for word in run["command"] if step == TRAIN else run["steps"][step]:
-        kept = sorted(map(str, run["folder"].glob(KEPT))) if Path(word).name == KEPT else []
+        kept = sorted(map(str, run["folder"].glob(tables.KEPT))) if Path(word).name == tables.KEPT else []
         words += kept or [word]                         # of none the script says so
     return words
 
@@ -357,7 +293,7 @@ def begin(run):
     latest = run["folder"] / "latest.pt"
     versions = begun(run)[1] if latest.is_file() else []                # of the code, of all that trained it
     versions = list(dict.fromkeys([*versions, code_version()]))
-    write(run["folder"] / "command.json", {"command": run["command"], "versions": versions})
+    tables.write(run["folder"] / "command.json", {"command": run["command"], "versions": versions})
     if run["ckpt"]:
         latest.unlink(missing_ok=True)
         latest.symlink_to(run["ckpt"])
@@ -408,7 +344,7 @@ class Job:
             words = essence(self.run["steps"][self.step], self.run["folder"], self.run["ckpt"])
             rows = [{**row, "words": words} for row in rows]
             file = self.run["folder"] / "steps.json"
-            write(file, {**(read(file) or {}), self.step: rows})
+            tables.write(file, {**(tables.read(file) or {}), self.step: rows})
         name = name_of(self.run, self.step)
         if not code and self.step not in missing(self.run):
             took = f"{time.time() - self.began:.0f} s"
@@ -507,25 +443,21 @@ def found(runs):
     return [(row, seed, numbers) for row, seed, numbers in each if numbers]
 
 
-def write_table(experiment, table, runs, flags, out):
-    """Write table.json, table.md and table.png of what is finished, and show the table."""
+def write_table(experiment, runs, flags, out):
+    """Write the table of what is finished, its picture and its curves, and show it."""
     versions = set()
+    folders = {}
     lacking = {}
     for run in runs:
-        versions.update(begun(run)[1] if finished(run) else [])
+        if finished(run):
+            versions.update(begun(run)[1])
+            folders.setdefault(run["row"], []).append(run["folder"])
         if missing(run):
             lacking.setdefault(run["row"], []).append(str(run["seed"]))
-    there = [run["row"] for run in runs]
-    lacking.update({row: ["all"] for row in experiment["rows"] if row not in there})
-    write(out / "table.json", {
-        "title": experiment["title"], "commands": experiment["rows"],
-        "flags": [*shlex.split(experiment["flags"]), *flags], "versions": sorted(versions), "rows": table,
-        "paper": experiment["paper"], "source": experiment["source"]})
-    text = f"{tables.markdown(experiment, table)}\n{tables.notes(experiment, table, lacking)}".rstrip() + "\n"
-    picture = tables.draw(experiment, table)
-    replace_file(out / "table.md", lambda file: file.write(text.encode()))
-    replace_file(out / "table.png", lambda file: picture.savefig(file, format="png", dpi=110))
-    print(f"\n{experiment['title']}\n\n{text}\n{out}/table.md, table.json, table.png")
+    lacking.update({row: ["all"] for row in experiment["rows"] if row not in (run["row"] for run in runs)})
+    flags = [*shlex.split(experiment["flags"]), *flags]
+    about = {"commands": experiment["rows"], "flags": flags, "versions": sorted(versions)}
+    tables.save(experiment, found(runs), folders, lacking, about, out)
     if len(versions) > 1:
         print(f"the runs are of different versions of the code: {', '.join(sorted(versions))}")
 
@@ -595,11 +527,11 @@ def check_fit(args, experiment, extra):
         raise UserError("--jobs: with --launch a run has all devices; leave one of them out")
     if words and not args.dry_run and not shutil.which(words[0]):
         raise UserError(f"--launch: there is no command {words[0]} here")
-    rows = {slug(row): row for row in experiment["rows"]}
+    rows = {tables.slug(row): row for row in experiment["rows"]}
     for row in args.row or ():
-        if slug(row) not in rows:
+        if tables.slug(row) not in rows:
             raise UserError(f"--row {row}: {args.experiment} has no such row, but {', '.join(rows)}")
-    args.row = [rows[slug(row)] for row in args.row] if args.row else list(experiment["rows"])
+    args.row = [rows[tables.slug(row)] for row in args.row] if args.row else list(experiment["rows"])
     if args.ckpt is None and not all(map(trains, experiment["rows"].values())):
         raise UserError(f"{args.experiment} trains nothing; give --ckpt, the checkpoint that it probes")
     if args.ckpt is not None and any(map(trains, experiment["rows"].values())):
@@ -646,6 +578,8 @@ def main(argv=None):
     experiment = choose(args)
     sets = " and ".join(dict.fromkeys((args.data, args.probe_data)))
     experiment["title"] += "" if args.ckpt else f" ({sets})"
+    curves = experiment["curves"].items()
+    experiment["curves"] = {title: below.format(data=args.probe_data) for title, below in curves}
     out = Path(args.out)
     check_out(out)
     runs = plan(experiment, args, extra)
@@ -664,11 +598,10 @@ def main(argv=None):
         return
     try:
         failed = run_all(experiment, left, args)
-        table = tables.tabulate(experiment, found(runs))
-        if not table:
+        if not found(runs):
             raise UserError(f"no run of {args.experiment} has finished; the reason stands in "
                             f"{out}/*/output.txt")
-        write_table(experiment, table, runs, extra, out)
+        write_table(experiment, runs, extra, out)
     except OSError as e:                                # a disk that is full or read-only
         raise UserError(f"{e.filename or out}: cannot be written ({e.strerror or e}); the same command goes "
                         "on from what is there") from None

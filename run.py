@@ -374,6 +374,36 @@ def append_row(path, row):
         f.write(json.dumps(row).encode() + b"\n")
 
 
+class Log:
+    """log.jsonl of a training that is no Run, from its start, in a folder that is made: every ten steps a
+    row, with the mean of each value since the row before. Where it cannot be written that is said, and there
+    is none."""
+    def __init__(self, folder, steps):
+        self.file = Path(folder) / "log.jsonl"
+        self.steps = steps
+        self.values = {}                               # of the steps since the last row
+        self.write(lambda: replace_file(self.file, lambda file: None))
+
+    def write(self, how):
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            how()
+        except OSError as e:
+            tell(f"{self.file}: cannot be written ({e.strerror}), so there will be no curves")
+            self.file = None
+
+    def add(self, step, values, now=False):
+        """Note {column: finite number} of a step. now: it has a row in any case."""
+        for column, value in values.items():
+            self.values.setdefault(column, []).append(value)
+        if not now and (step + 1) % 10 and step + 1 < self.steps:
+            return
+        row = {column: float(np.mean(noted)) for column, noted in self.values.items()}
+        self.values = {}
+        if self.file:
+            self.write(lambda: append_row(self.file, {"step": step, **row}))
+
+
 def add_row(ckpt, name, row):
     """Append a JSON row to the file `name` beside a checkpoint."""
     folder = Path(ckpt) if os.path.isdir(ckpt) else Path(ckpt).parent

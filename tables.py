@@ -2,6 +2,7 @@
 
 experiment: an entry, with all that it may leave out; table: of tabulate.
 """
+import contextlib
 import functools
 import json
 import math
@@ -12,12 +13,31 @@ import textwrap
 from matplotlib.figure import Figure
 
 import common
+import heads
 import probe
+import run
+from common import UserError
+
+KEPT = "step-*.pt"                                      # in a step's words: all checkpoints of a run
 
 
 # ----------------------------------------------------------------------------------------------------------
 # What a run has found
 # ----------------------------------------------------------------------------------------------------------
+
+def read(path):
+    """The dict in a JSON file, None if it is missing, cut off or something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write(path, content):
+    text = json.dumps(content, indent=1) + "\n"
+    run.replace_file(path, lambda file: file.write(text.encode()))
+
 
 @functools.lru_cache(None)
 def sizes(folder):
@@ -70,6 +90,51 @@ def new_rows(file, before):
     return rows if are_rows(rows) else []
 
 
+def numbers(results, steps, names):
+    """{path: number}: of results.json, and of the rows {step: rows} that the steps behind a training wrote,
+    each below its name of {step: name}."""
+    flat = flatten(results)
+    for step, rows in steps.items():
+        for row in rows:
+            above = [names[step]]
+            if KEPT in step:
+                above.append(str(row["step"]))
+            if "tested" not in row:                     # of pixels.py or retrieval.py
+                flat.update(flatten(row, *above))
+                continue
+            if row["head"] not in (*heads.ON_EMBEDDING, "regression"):
+                above.append("attentive")
+            flat["/".join((*above, row["tested"]))] = row["value"]
+    return flat
+
+
+def measures(folder, results, steps, count):
+    """Of a finished run {"run/measure": number}. steps: as of numbers, of `count` that it is to have."""
+    seconds, minutes = step_times(run.read_log(folder))
+    values = {"seconds a step": seconds, "minutes of training": minutes}
+    with contextlib.suppress(UserError):                # a checkpoint that is gone, or broken
+        values.update(sizes(folder))
+    if "seconds" in results:
+        values["minutes of evaluation"] = results["seconds"] / 60
+    if steps and len(steps) == count:
+        values["minutes of the steps after"] = sum(map(seconds_of, steps.values())) / 60
+    return flatten({"run": values})
+
+
+def training_time(folder):
+    """(seconds that the whole of a run takes, share of it that is done) by its log and its output; (None, 0)
+    where they say nothing."""
+    log = run.read_log(folder)
+    seconds, _ = step_times(log)
+    output = folder / "output.txt"
+    text = output.read_text("utf-8", "replace") if output.is_file() else ""
+    said = re.findall(r"([\d,]+) steps of \d+ clips", text)
+    if not (said and seconds):
+        return None, 0
+    steps = int(said[-1].replace(",", ""))
+    return seconds * steps, min(1, (log[-1]["step"] + 1) / steps)
+
+
 def flatten(content, *above):
     """{path: number} of the numbers in nested dicts, their keys with a slash between them."""
     flat = {}
@@ -81,9 +146,51 @@ def flatten(content, *above):
     return flat
 
 
+def mean_log(logs):
+    """The logs of several seeds as one: the means, at each step that all of them have."""
+    rows = {}
+    for log in logs:
+        for row in log:
+            rows.setdefault(row["step"], []).append(row)
+    mean = []
+    for _, of_seeds in sorted(rows.items()):
+        if len(of_seeds) == len(logs):
+            columns = set(of_seeds[0]).intersection(*of_seeds[1:])
+            mean.append({name: statistics.mean(row[name] for row in of_seeds) for name in columns})
+    return mean
+
+
+def curves(folders, below):
+    """{row, and how many seeds: the mean of their logs}, of those in the folder `below` those of the runs,
+    {row: [folder]}."""
+    found = {}
+    for row, of_seeds in folders.items():
+        logs = [run.read_log(folder / below) for folder in of_seeds]
+        logs = [log for log in logs if log]
+        if logs:
+            found[f"{row} ({len(logs)} seeds)" if len(logs) > 1 else row] = mean_log(logs)
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The table
 # ----------------------------------------------------------------------------------------------------------
+
+def spell_out(experiment, found):
+    """The experiment with a column for each checkpoint that the runs have kept, for those with {step}."""
+    columns = {}
+    for column, path in experiment["columns"].items():
+        if "{step" not in column:
+            columns[column] = path
+            continue
+        steps = set()
+        for _, _, numbers in found:
+            steps.update(re.findall(path.replace("{step}", r"(\d+)"), "\n".join(numbers)))
+        for step in sorted(map(int, steps)):
+            columns[column.format(step=step)] = path.format(step=step)
+    return {**experiment, "columns": columns}
+
+
 
 def summary(values):
     """{seed: value} with mean and standard deviation."""
@@ -291,3 +398,34 @@ def draw(experiment, table):
     lines = [textwrap.fill(line, int(12 * width)) for line in (experiment["title"], legend)]
     fig.suptitle("\n".join(lines), fontsize=10)
     return fig
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Their files
+# ----------------------------------------------------------------------------------------------------------
+
+def slug(text):
+    """A name of a row or a picture as one of a file."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def save(experiment, found, folders, lacking, about, out):
+    """Write table.json, table.md, table.png and the curves into the folder `out`, and show the table. found:
+    of tabulate; folders: {row: [folder of a finished run]}; lacking: of notes; about: more for the JSON."""
+    experiment = spell_out(experiment, found)
+    table = tabulate(experiment, found)
+    write(out / "table.json", {
+        "title": experiment["title"], **about, "rows": table, "paper": experiment["paper"],
+        "source": experiment["source"]})
+    text = f"{markdown(experiment, table)}\n{notes(experiment, table, lacking)}".rstrip() + "\n"
+    picture = draw(experiment, table)
+    run.replace_file(out / "table.md", lambda file: file.write(text.encode()))
+    run.replace_file(out / "table.png", lambda file: picture.savefig(file, format="png", dpi=110))
+    files = ["table.md", "table.json", "table.png"]
+    for title, below in experiment["curves"].items():
+        logs = curves(folders, below)
+        if logs:
+            draw_logs = functools.partial(run.draw_curves, runs=logs, title=f"{experiment['title']}: {title}")
+            files.append(f"{slug(title)}.png")
+            run.replace_file(out / files[-1], draw_logs)
+    print(f"\n{experiment['title']}\n\n{text}\n{out}/{', '.join(files)}")

@@ -20,6 +20,7 @@ import heads as kinds
 import mjepa
 import probe
 import retrieval
+import run
 from conftest import CPU, INPUTS, METHOD, fails, names, tone, write, write_checkpoint, write_two_steps
 from slow import quicken_table, random, record
 
@@ -191,6 +192,51 @@ def test_all_labelled_clips_train_the_head_that_is_tested(lrs, trained, monkeypa
     fit("linear", random(120, 1, 8), torch.arange(120) % 3, 3, lrs, 2)
     assert [len(chosen) for (_, _, _, _, chosen, *_), _ in calls] == trained
     assert [len(heads) for (heads, *_), _ in calls] == [len(lrs), 1][:len(trained)]
+
+
+@pytest.mark.parametrize("lrs", [(1e-2,), (1e-3, 1e-2)])
+def test_the_log_of_a_head_has_its_losses_and_scores_on_the_way_which_change_nothing(
+        lrs, tmp_path, monkeypatch):
+    x = random(120, 1, 8)
+    y = torch.arange(120) % 3
+    x[..., :3] += one_hot(y, 3)[:, None]
+    listing, source = planted(x, y, 3)
+    outer = np.arange(90, 120)
+    protocol = made_protocol("linear", lrs, steps=25, batch_size=16)
+    task = probe.Task(0, 0, *probe.divide(listing, np.arange(90), protocol, 0), outer)
+    given = (protocol, (source, source), listing, listing, task, ["audio"])
+    plain = probe.fit_and_test(*given)
+    calls = record(monkeypatch, kinds, "loss_of")
+    watch = probe.Watch(tmp_path / "a" / "b", 7, protocol, source, outer)
+    assert probe.fit_and_test(*given, watch) == plain
+    rows = run.read_log(tmp_path / "a" / "b")
+    assert [row["step"] for row in rows] == [6, 9, 13, 19, 20, 24]
+    of_steps = [loss.item() for _, loss in calls[-25:]]     # of the head that is tested, trained on all
+    begin = 0
+    for row in rows:
+        expected = np.mean(of_steps[begin:row["step"] + 1])
+        begin = row["step"] + 1
+        assert row["loss/linear"] == pytest.approx(expected)
+    key = "test top-1/linear"
+    assert [row["step"] for row in rows if key in row] == [6, 13, 20, 24] and len(rows[0]) == 3
+    assert rows[-1][key] == plain["linear", "audio"]["value"]
+
+
+def test_a_head_that_is_lost_has_no_row_and_the_other_goes_on(tmp_path, monkeypatch):
+    real = kinds.loss_of
+    calls = []
+
+    def loss_of(*more):
+        calls.append(0)
+        return real(*more) * (1 if len(calls) % 2 else float("inf"))
+
+    monkeypatch.setattr(kinds, "loss_of", loss_of)
+    listing, source = planted(random(20, 1, 8), torch.arange(20) % 2, 2)
+    protocol = made_protocol("linear", (1e-3, 1e-2), steps=10, batch_size=8)
+    watch = probe.Watch(tmp_path, None, protocol, source, np.arange(20))
+    probe.fit_heads(protocol, source, listing, np.arange(20), None, 0, watch)
+    row, = run.read_log(tmp_path)
+    assert set(row) == {"step", "loss/linear, lr 0.001"}
 
 
 def test_heads_side_by_side_are_those_trained_alone_but_for_the_norm_that_clips_them_together():

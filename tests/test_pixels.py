@@ -14,6 +14,7 @@ import common
 import data
 import mjepa
 import pixels
+import run
 from conftest import fails, last_row, same, write_checkpoint
 from slow import quicken, random, small_model
 
@@ -101,11 +102,23 @@ def planted(step, weight=1.0):
     return decoded
 
 
-def test_the_mean_image_is_that_of_the_clips_that_have_the_modality():
+def test_the_mean_image_is_that_of_the_clips_that_have_the_modality_and_the_log_has_the_losses(tmp_path):
     weight = torch.nn.Parameter(torch.ones(()))
+    weights = []
     batches = 7 * [{"index": torch.arange(0), "bad": [], "lost": 0}]
     mean = pixels.train_decoder(
-        lambda batch, step: planted(step, weight), [weight], batches, 7, 0.1, data.Troubles(3))
+        lambda batch, step: weights.append(weight.item()) or planted(step, weight), [weight], batches, 7, 0.1,
+        data.Troubles(3), run.Log(tmp_path, 7))
+    losses = {m: [] for m in GRIDS}
+    for step, m in itertools.product(range(7), GRIDS):
+        of_clips = [0.0]                                    # of a step in which no clip has it
+        clips = planted(step, weights[step])[m]
+        if clips.has.any():
+            of_clips = (clips.pixels - clips.truth)[clips.has].square().mean((1, 2)).tolist()
+        losses[m].append(np.mean(of_clips))
+    row, = run.read_log(tmp_path)
+    expected = {f"loss/{m}": np.mean(of_m) for m, of_m in losses.items()}
+    assert row == pytest.approx({"step": 6, "loss": np.mean(list(losses.values())), **expected})
     for m, count in (("video", 21), ("audio", 11)):
         truth = torch.cat([planted(step)[m].truth[planted(step)[m].has] for step in range(7)])
         assert len(truth) == count and weight.item() != 1
@@ -246,6 +259,9 @@ def test_the_command_writes_its_row_and_its_picture(
     shown = capsys.readouterr().out
     assert "hidden: nearest" in shown and "N = 16" in shown
     assert len(drawn[0]) == 4 and list(drawn[0][0][1]) == modalities
+    log = run.read_log(run_folder / f"pixels-toy{ending}")
+    losses = sorted(["step", "loss", *(f"loss/{m}" for m in modalities)])
+    assert log[-1]["step"] + 1 == row["steps"] and sorted(log[-1]) == losses
     picture = (run_folder / row["picture"]).read_bytes()
     assert picture[:4] == b"\x89PNG" and len(picture) > 10_000 and not list(run_folder.glob("*.part"))
 

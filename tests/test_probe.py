@@ -20,6 +20,7 @@ import finetune
 import heads as kinds
 import probe
 import run
+import visualize
 from conftest import CPU, INPUTS, METHOD, ROOT, command, fails, last_row, names, tone, write, write_checkpoint
 from conftest import write_two_steps
 from slow import record
@@ -610,6 +611,30 @@ def test_the_flags_that_a_newcomer_gives_suffice(ears, tones, tmp_path, monkeypa
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
 
 
+@pytest.mark.parametrize("gigabytes", [0, 4])
+def test_tests_on_the_way_change_no_value_and_their_log_is_drawn(
+        gigabytes, ears, tones, tmp_path, capsys):
+    """Features decoded anew, and kept."""
+    ears = shutil.copytree(ears, tmp_path / "ears")
+    words = ("--recipe", "paper", "--lr", 1e-2, "--steps", 12, "--batch-size", 8, "--cache-gb", gigabytes)
+    start(ears, "folder", tones, *words)
+    start(ears, "folder", tones, *words, "--test-every", 5)
+    before, after = all_rows(ears)[-2:]
+    assert before | {"seconds": 0} == after | {"seconds": 0}
+    folder = ears / "linear-folder-audio" / "seed0"
+    log = run.read_log(folder)
+    assert [row["step"] for row in log] == [4, 9, 11]
+    assert log[-1]["test top-1/standardised"] == after["value"]
+    visualize.main(["curves", str(folder)])
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    shutil.rmtree(folder.parent)
+    folder.parent.touch()                                   # where a folder has to be
+    capsys.readouterr()
+    start(ears, "folder", tones, *words)
+    assert "log.jsonl: cannot be written (Not a directory), so there" in capsys.readouterr().out
+    assert last_row(ears) | {"seconds": 0} == after | {"seconds": 0}
+
+
 REFUSED = """
 --head blocks | --head blocks reads tokens; use --probe attentive
 --cache-gb 0 --probe finetune | --cache-gb has no effect without --probe linear or attentive
@@ -617,6 +642,9 @@ REFUSED = """
 --recipe toy --probe finetune | --recipe toy is for frozen encoders
 --head regression --epochs 3 | --epochs has no effect on a regression
 --head regression --cache-gb 1 | --cache-gb has no effect on a regression
+--head regression --test-every 1 | --test-every has no effect on a regression
+--probe finetune --test-every 1 | --test-every has no effect without --probe linear or attentive
+--test-every 0 | --test-every 0 is out of range
 --clips -1 | --clips -1 is out of range
 --clips 2 | 2 training clips; a probe needs at least 3
 --steps 0 | --steps 0 is out of range

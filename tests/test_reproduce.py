@@ -310,7 +310,7 @@ def test_what_an_entry_says_of_rows_and_columns_is_of_its_own(name, recipe):
         assert not set(numbers) - set(it["columns"])
     for _, columns, chance in tables.panels_of(it).values():
         assert not set(columns) - set(it["columns"]) and chance in (None, *it["columns"])
-    folders = [reproduce.slug(row) for row in it["rows"]]
+    folders = [tables.slug(row) for row in it["rows"]]
     assert len(set(folders)) == len(folders)
 
 
@@ -372,15 +372,19 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
         return SimpleNamespace(poll=lambda: 0)
 
     monkeypatch.setattr(reproduce, "launch", launch)
-    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+    drawn = {}
+    monkeypatch.setattr(run, "draw_curves", lambda file, runs, title: drawn.update({title: runs}))
     report = tmp_path / "out/it-seed0/results.json"
     monkeypatch.setattr(probe, "toy_report", lambda *_: report.write_text('{"chance": {"audio": 12.5}}'))
     monkeypatch.setattr(probe, "schedule", lambda protocol, clips: (8, 3))      # not 2,000 steps
-    after = {**experiments.states(experiments.QUICK, experiments.PICTURE), "search": ["retrieval.py"],
+    quick = f"{experiments.QUICK} --test-every 2"
+    after = {**experiments.states(quick, experiments.PICTURE), "search": ["retrieval.py"],
              "kept": ["probe.py --modality audio --ckpt {run}/step-*.pt"]}
     columns = {**reproduce.EXPERIMENTS["methods"]["columns"], "search": "search/V->A/R@5",
-               "first": "kept/1/audio", "last": "kept/2/audio"}
-    one = dict(rows={"it": "mjepa.py --size nano --keep-every 1"}, only={}, after=after, columns=columns)
+               "step {step:,}": "kept/{step}/audio"}
+    curves = {"training": "", "the head's": "attentive-{data}-video/seed0", "none": "attentive-{data}-av"}
+    one = dict(rows={"it": "mjepa.py --size nano --keep-every 1"}, only={}, after=after, columns=columns,
+               curves=curves)
     monkeypatch.setitem(reproduce.EXPERIMENTS, "methods", {**reproduce.EXPERIMENTS["methods"], **one})
     words = ["methods", "--out", str(tmp_path / "out"), "--data-dir", str(toy),
              *"--seeds 0 --steps 2 --batch-size 4 --workers 0 --device cpu".split()]
@@ -389,7 +393,12 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     assert all(0 <= values[f"attentive probe, video{which}"] <= 100 for which in ("", ", untrained"))
     assert values["minutes of attentive probes"] >= 0 and values["seconds a step"] > 0
     rows = [json.loads(line) for line in (tmp_path / "out/it-seed0/probe.jsonl").read_text().splitlines()]
-    assert [values["first"], values["last"]] == [row["value"] for row in rows if row["probe"] == "linear"]
+    assert [values["step 1"], values["step 2"]] == [row["value"] for row in rows if row["probe"] == "linear"]
+    title = "The four methods: frozen encoders on held-out clips, probes and retrieval (R@10) (toy)"
+    assert drawn[f"{title}: training"] == {"it": run.read_log(tmp_path / "out/it-seed0")}
+    *_, head = drawn[f"{title}: the head's"]["it"]
+    assert head["step"] == 2 and len(head) == 3 and f"{title}: none" not in drawn
+    assert (tmp_path / "out/the-head-s.png").is_file() and not (tmp_path / "out/none.png").exists()
     search = json.loads((tmp_path / "out/it-seed0/retrieval.jsonl").read_text())
     assert values["search"] == search["V->A"]["R@5"]
     content = weights(tmp_path / "out/it-seed0")
@@ -399,6 +408,37 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     assert values["parameters of the encoder"] == sum(p.numel() for p in model.context_encoder.parameters())
     assert values["video tokens of a clip"] == 32 and values["audio tokens of a clip"] == 24
     assert tables.step_times([]) == (None, None)
+
+
+def test_the_curve_of_a_row_is_the_mean_of_its_seeds_where_they_all_have_a_step(tmp_path):
+    folders = []
+    for seed, steps in enumerate([(9, 19, 29), (9, 29, 39), (9, 29)]):
+        folders.append(tmp_path / f"seed{seed}")
+        folders[-1].mkdir()
+        for step in steps:
+            row = {"step": step, "loss": step * (seed + 1) ** 2, f"of seed {seed}": 1.0}
+            run.append_row(folders[-1] / "log.jsonl", row)
+    empty = tmp_path / "none"
+    found = tables.curves({"a": [*folders, empty], "b": [empty], "c": folders[:1]}, "")
+    assert list(found) == ["a (3 seeds)", "c"] and found["c"] == run.read_log(folders[0])
+    assert found["a (3 seeds)"] == [{"step": step, "loss": pytest.approx(step * 14 / 3)} for step in (9, 29)]
+
+
+@pytest.mark.parametrize("flags, columns", [
+    ("", ["step 0", "step 150", "step 1,050"]), ("--data vggsound", ["step 0", "step 300"])])
+def test_probes_over_the_steps_have_a_column_for_each_checkpoint_that_is_kept(flags, columns):
+    experiment, runs = planned("ncsu-curves", *flags.split())
+    kept = [int(column.split()[1].replace(",", "")) for column in columns[1:]]
+    kind = "attentive/" if flags else ""
+    found = []
+    for it in runs:
+        values = {f"kept/{step}/{kind}video": step / 100 for step in kept}
+        found.append((it["row"], 0, {f"untrained/{kind}video": 1.0, "kept/7/audio": 3, **values}))
+    spelt = tables.spell_out(experiment, found)
+    assert list(spelt["columns"]) == columns
+    assert f"| trained on video | 1.0 | {kept[0] / 100:.1f} |" in tables.markdown(
+        spelt, tables.tabulate(spelt, found))
+    assert list(tables.spell_out(experiment, [])["columns"]) == ["step 0"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -534,7 +574,7 @@ def test_av_jepas_two_heads_are_probed_once(tmp_path):
             dict(row, head="attentive", tested="video", value=5.0)]
     runs[0]["folder"] = tmp_path
     (tmp_path / "steps.json").write_text(json.dumps({step: rows}))
-    assert reproduce.numbers(runs[0], {}) == {
+    assert tables.numbers({}, reproduce.probed(runs[0]), runs[0]["names"]) == {
         "trained/av": 3, "trained/attentive/av": 4, "trained/attentive/video": 5}
 
 

@@ -396,7 +396,7 @@ def run_all(experiment, left, args):
     that did not finish."""
     began = time.time()
     waiting = [*left]
-    words = args.launch.split() if args.launch else [sys.executable]
+    words = shlex.split(args.launch) if args.launch else [sys.executable]
     free = share_devices(args.jobs)
     active = []
     failed = []
@@ -512,8 +512,9 @@ def get_args(argv=None):
         choose_device(args.device)
     args.probe_data = args.probe_data or args.data
     data.find_set(args.probe_data)
-    args.given_recipe = ["--recipe", args.recipe] if args.recipe else []
-    args.recipe = args.recipe or ("toy" if data.find_set(args.data).make else "paper")
+    usual = "toy" if data.find_set(args.data).make else "paper"
+    args.recipe = args.recipe or usual
+    args.given_recipe = [] if args.recipe == usual else ["--recipe", args.recipe]
     args.out = args.out or f"runs/{args.experiment}" + (f"-{args.data}" if args.data != "toy" else "")
     check_fit(args, choose(args), extra)
     return args, extra
@@ -522,7 +523,10 @@ def get_args(argv=None):
 def check_fit(args, experiment, extra):
     """UserError where flags do not fit each other or the experiment; makes --row names of rows, --places a
     dict and --ckpt the file itself. extra: flags for each run."""
-    words = (args.launch or "").split()
+    try:
+        words = shlex.split(args.launch or "")
+    except ValueError as e:
+        raise UserError(f"--launch {args.launch}: is no command line ({e})") from None
     if words and args.jobs > 1:
         raise UserError("--jobs: with --launch a run has all devices; leave one of them out")
     if words and not args.dry_run and not shutil.which(words[0]):

@@ -611,10 +611,20 @@ def test_a_row_alone_is_run_and_the_table_names_the_rows_that_are_missing(start,
 def test_launch_starts_trainings_but_no_probes(start, tmp_path):
     (tmp_path / "twice.py").write_text("import runpy, sys\nopen(sys.argv[1], 'a').write(sys.argv[2] + ' ')\n"
                                        "sys.argv = sys.argv[2:]\nrunpy.run_path(sys.argv[0])")
-    starter = f"{sys.executable} {tmp_path}/twice.py {tmp_path}/launched.txt"
+    starter = f"'{sys.executable}' {tmp_path}/twice.py '{tmp_path}/launched.txt'"
     start("--launch", starter, "--data", "folder")
     assert (tmp_path / "launched.txt").read_text().split() == 2 * [f"{tmp_path}/script.py"]
     fails(start, "--launch", "no-such-starter", match="--launch: there is no command no-such-starter here")
+    fails(start, "--launch", "torchrun '", match="--launch torchrun ': is no command line .No closing quot")
+
+
+def test_the_recipe_that_a_set_has_anyway_may_be_said():
+    for more, said in (([], "toy"), (["--data", "vggsound"], "paper")):
+        _, runs = planned("ajepa-loss", *more)
+        _, same_runs = planned("ajepa-loss", *more, "--recipe", said)
+        assert [it["command"] for it in runs] == [it["command"] for it in same_runs]
+    _, runs = planned("ajepa-loss", "--recipe", "paper")
+    assert "--recipe" in runs[0]["command"]
 
 
 def test_a_dry_run_estimates_by_the_runs_that_exist(start, tmp_path, capsys):

@@ -2,6 +2,7 @@
 and the curves of its runs, with what probes and retrieval found at their steps.
 
     python visualize.py attention --ckpt RUN --clip dog.mp4       # a picture, and an mp4 with the sound
+    python visualize.py attention --ckpt RUN --data vggsound --data-dir vggsound/ --clips 2     # of a set
     python visualize.py attention --ckpt RUN --data toy           # how often the peak is what sounds
     python visualize.py pca --ckpt RUN --data vggsound --data-dir vggsound/ --classes "dog barking" airplane
     python visualize.py map --ckpt RUN --data folder --data-dir clips/ --pairs      # t-SNE and PCA, and a csv
@@ -24,6 +25,7 @@ import functools
 import io
 import math
 import os
+import re
 import textwrap
 import time
 from fractions import Fraction
@@ -195,12 +197,12 @@ def spans_of(duration, inputs):
 
 def whole_clip(path, inputs):
     """A clip as views that cover it: (load_views of them, their spans_of in seconds of the clip's clock).
-    Raises UserError where it is too long to hold in memory."""
+    Raises ClipError where it is too long to hold in memory."""
     spans = []
 
     def plan(duration):                                 # in seconds of inputs.frame_rate, where that is set
         if duration > LONGEST:
-            raise UserError(f"--clip {path}: is too long; cut out a part of at most {LONGEST // 60} minutes")
+            raise data.ClipError(f"{path}: is too long; cut out a part of at most {LONGEST // 60} minutes")
         spans.extend(spans_of(duration, inputs))
         return [pictures for _, pictures in spans], [sound for sound, _ in spans]
 
@@ -397,7 +399,7 @@ def lit_tiles(frame, now, maps, reformatter, aspect=1.0):
     return [(255 * tile).astype(np.uint8) for tile in tiles]
 
 
-def attend(encoder, views, args, process):
+def attend(encoder, views, args, process, clip):
     """The attention of each view: maps [(name, audio -> video (V, T, H, W), video -> audio (V, F, T))],
     the mean of the heads or one map for each."""
     seen = []
@@ -406,7 +408,7 @@ def attend(encoder, views, args, process):
         video = views["video"][n:n + 1].to(process.device)
         audio = views["audio"][n:n + 1].to(process.device)
         to_video, to_audio = cross_attention(encoder.vit, video, audio, args.layer)
-        retrieval.check_finite(to_video, [args.clip])
+        retrieval.check_finite(to_video, [clip])
         seen.append(to_video.cpu())
         heard.append(to_audio.cpu())
     seen = torch.cat(seen).numpy()                      # (V, heads, T, H, W)
@@ -432,20 +434,20 @@ def film_maps(encoder, spans, maps):
     return found
 
 
-def attention_of_clip(args, encoders, process):
-    """attention --clip: the picture of the clip's middle view, and the film of all of it."""
-    clip = Path(args.clip)
+def attention_of_clip(args, encoders, process, clip, name):
+    """The picture of the middle view of the clip at this path, and the film of all of it, as files of that
+    name. Raises ClipError where the clip allows of none."""
     if not data.is_clip(clip):
-        raise UserError(f"--clip {clip}: there is no such file")
+        raise data.ClipError(f"{clip}: there is no such file")
     seen = []                                           # of each encoder: its views, their spans, its maps
     for encoder in encoders:
         views, spans = whole_clip(clip, data.Inputs(**encoder.inputs))
         for key, lack in (("video", "picture"), ("audio", "sound")):
             if key not in views:
-                raise UserError(f"--clip {clip}: has no {lack}, so there is no attention between the two; "
-                                "give a clip that has both")
-        seen.append((views, spans, attend(encoder, views, args, process)))
-    name = f"attention-{clip.stem}"
+                raise data.ClipError(f"{clip}: has no {lack}, so there is no attention between the two; "
+                                     "it takes a clip that has both")
+        seen.append((views, spans, attend(encoder, views, args, process, clip)))
+    name = f"attention-{name}"
     if args.layer != -1:
         name += f"-block{args.layer}"
     if args.heads == "each":
@@ -470,10 +472,29 @@ def attention_of_clip(args, encoders, process):
         lit += film_maps(encoder, spans, maps)
     film = folder_of(args) / f"{name}.mp4"
     try:
-        run.replace_file(film, lambda file: write_film(args.clip, file, lit, text))
+        run.replace_file(film, lambda file: write_film(clip, file, lit, text))
     except (av.error.FFmpegError, OSError, ValueError) as e:
-        raise UserError(f"{film}: the film could not be made ({e})") from None
+        error = data.ClipError if isinstance(e, ValueError) else UserError      # this clip alone, or the disk
+        raise error(f"{film}: the film could not be made ({e})") from None
     print(film)
+
+
+def attention_of_set(args, encoders, process):
+    """attention --data: held-out clips of a set, as attention_of_clip; names those that allow of none."""
+    listing = data.list_clips(args.data, args.data_dir, "test")
+    classes = choose_clips(listing, args.classes, args.clips, args.seed or 0)
+    drawn = dict.fromkeys(np.concatenate(list(classes.values())).tolist())      # a clip may be of several
+    troubles = data.Troubles(len(drawn))
+    for i in drawn:
+        stem = re.sub(r"[^\w-]+", "_", Path(listing.file(i)).stem, flags=re.ASCII)
+        name = f"{args.data}-{i}-{stem[-100:]}"         # several classes may have a file of that stem
+        try:
+            attention_of_clip(args, encoders, process, Path(listing.path(i)), name)
+        except data.ClipError as e:
+            troubles.name([str(e)])
+    if len(troubles.bad) == len(drawn):
+        raise UserError(f"--data {args.data}: none of the clips drawn can be shown, for the reasons above; "
+                        "give another --seed, other --classes or more --clips")
 
 
 def touched(places, times, grid, crop):
@@ -1157,12 +1178,14 @@ def get_args(argv=None):
         return run.flag_groups(command(name, text))[:3]
 
     add_data, add_run, add_method = groups(
-        "attention", "audio -> video and video -> audio attention: of a clip, as a picture and a film; or "
-        "how often it finds the toy's sounding object")
+        "attention", "audio -> video and video -> audio attention: of a clip, or of held-out clips of a set, "
+        "as a picture and a film; or how often it finds the toy's sounding object")
     encoder_flags(add_data, add_run, add_method)
     add_data("--clip", help="a file with sound and pictures (default: none)")
-    add_data("--data", choices=("toy",),
-        help="in place of --clip: where what sounds is known (default: none)")
+    add_data("--data", help=f"in place of --clip: {', '.join(data.SETS)} (default: none)")
+    add_data("--clips", type=int, help="clips of each class (default: 1; of toy alone: it is measured)")
+    add_data("--classes", nargs="+", help="names of classes (default: the first three)")
+    add_run("--seed", type=int, help="of the choice of clips (default: 0)")
     add_method("--heads", choices=("mean", "each"), default="mean", help="averaged, or one by one")
     add_method("--layer", type=int, default=-1, help="block, from 0; -1 is the last one")
 
@@ -1193,24 +1216,30 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.what != "curves":
         check_range("--workers", args.workers or 0, 0, 1024)
-    if args.what in ("pca", "map"):
-        check_range("--seed", args.seed, 0, 2 ** 31)
-        check_range("--clips", args.clips, 1, 10 ** 7)
+        check_range("--seed", args.seed or 0, 0, 2 ** 31)
+        check_range("--clips", 1 if args.clips is None else args.clips, 1, 10 ** 7)
     if args.what == "attention":
         check_attention(args)
     return args
 
 
 def check_attention(args):
-    """Refuse flags of attention --clip with --data toy, and the other way round."""
+    """Refuse flags of attention that have no effect. --clips stays None where the toy is measured."""
     if bool(args.clip) == bool(args.data):
-        raise UserError("attention: give either --clip FILE, or --data toy")
-    if args.data and args.untrained:
-        raise UserError("--untrained has no effect without --clip, since --data toy has both encoders")
-    if args.data and args.heads == "each":
-        raise UserError("--heads has no effect without --clip, since --data toy has each head")
-    if args.clip and args.data_dir:
-        raise UserError("--data-dir has no effect without --data toy")
+        raise UserError("attention: give either --clip FILE, or --data SET")
+    if args.clip:
+        for flag in ("--data-dir", "--clips", "--classes", "--seed"):
+            if getattr(args, flag[2:].replace("-", "_")) is not None:
+                raise UserError(f"{flag} has no effect without --data")
+        return
+    data.require(args.data, ("video", "audio"), "attention between the two needs both")
+    if args.data != "toy" or args.classes:
+        args.clips = args.clips or 1
+    for flag, given, why in (("--untrained", args.untrained, "has both encoders"),
+                             ("--heads", args.heads == "each", "has each head"),
+                             ("--seed", args.seed is not None, "measures all clips")):
+        if given and not args.clips:
+            raise UserError(f"{flag} has no effect without --clips, since --data toy alone {why}")
 
 
 @matplotlib.rc_context({"text.parse_math": False})      # a $ in a file's or a class's name is a $
@@ -1234,10 +1263,12 @@ def main(argv=None):
             raise UserError(f"{encoder.ckpt}: this {encoder.method['name']} encoder takes one modality only; "
                             "attention between the two needs both")
     if args.clip:
-        attention_of_clip(args, encoders, process)
-        return
-    for encoder in encoders:
-        attention_on_toy(args, encoder, process, workers)
+        attention_of_clip(args, encoders, process, Path(args.clip), Path(args.clip).stem)
+    elif args.clips:
+        attention_of_set(args, encoders, process)
+    else:
+        for encoder in encoders:
+            attention_on_toy(args, encoder, process, workers)
 
 
 if __name__ == "__main__":

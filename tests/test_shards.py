@@ -454,11 +454,15 @@ def test_features_of_clips_in_tars_are_those_of_the_files_under_the_same_names(c
 
 
 def test_the_attention_of_a_clip_in_a_tar_is_drawn(toy, tmp_path):
-    pack(tmp_path / "0.tar", {"x/00003.mp4": (toy / "test" / "00003.mp4").read_bytes()})
-    clip = data.list_clips("folder", tmp_path).path(0)
+    pack(tmp_path / "0.tar", {"test/x/00003.mp4": (toy / "test" / "00003.mp4").read_bytes()})
+    clip = data.list_clips("folder", tmp_path, "test").path(0)
     checkpoint = write_checkpoint(tmp_path / "run")
+    words = f"attention --ckpt {checkpoint} --data folder --data-dir {tmp_path} --out {tmp_path / 'of-set'}"
+    visualize.main([*words.split(), "--device", "cpu"])
     visualize.main(["attention", "--ckpt", str(checkpoint), "--clip", clip, "--device", "cpu"])
     assert (checkpoint / "attention-00003.png").exists() and (checkpoint / "attention-00003.mp4").exists()
+    of_set = tmp_path / "of-set" / "attention-folder-0-00003.png"
+    assert of_set.read_bytes() == (checkpoint / "attention-00003.png").read_bytes()
     other = clip.replace("0.tar", "1.tar")
     fails(visualize.main, ["attention", "--ckpt", str(checkpoint), "--clip", other], match="no such file")
 

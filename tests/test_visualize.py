@@ -243,10 +243,12 @@ def test_a_full_disk_leaves_no_half_of_a_file(what, runs, toy, clips, tmp_path, 
     assert not list(tmp_path.iterdir())
     if what == "attention":
         monkeypatch.setattr(visualize, "save", lambda *given: "")           # the film is the smaller one
-        for size in (500, 20000):
-            with full_disk(size):
-                fails(visualize.main, argv, match="attention-good.mp4: the film could not be made")
-            assert not list(tmp_path.iterdir())
+        of_set = words(what, runs["cls"], tmp_path, "--clips", 1, toy=toy)
+        for given in (argv, of_set):
+            for size in (500, 20000):
+                with full_disk(size):
+                    fails(visualize.main, given, match="mp4: the film could not be made")
+                assert not list(tmp_path.iterdir())
 
 
 def test_the_patches_that_an_object_touches_equal_a_slow_loop():
@@ -619,6 +621,102 @@ def test_attention_side_by_side_shows_what_each_shows_alone_and_films_one_beside
         assert np.unravel_index(cells(tile[24:216, 64:256]).argmax(), (4, 4)) == peak
 
 
+def grey(path, brightness=90, size=(48, 64), seconds=1, **more):
+    """A clip of one brightness and one tone, ten frames a second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = np.full((10 * seconds, *size, 3), brightness, np.uint8)
+    return write(path, frames, tone(400, seconds), fps=10, **more)
+
+
+def test_the_clips_of_a_set_are_drawn_as_the_same_files_alone_under_names_of_their_own(
+        runs, tmp_path, figures):
+    """Two of the three clips have the same stem, and one has a letter that not all file systems take."""
+    for n, file in enumerate(("a b/0.mp4", "a_b/0.mp4", "c/dé.1.mkv")):
+        grey(tmp_path / "test" / file, 60 * n + 60)
+    more = ["--layer", 1, "--untrained"]
+    where = ["--data", "folder", "--data-dir", tmp_path]
+    visualize.main(words("attention", runs["cls"], tmp_path / "set", *where, *more))
+    names = ["0-0", "1-0", "2-d_1"]
+    names = [f"attention-folder-{name}-block1-untrained" for name in names]
+    written = sorted(path.name for path in (tmp_path / "set").iterdir())
+    assert written == sorted(f"{name}.{end}" for name in names for end in ("png", "mp4"))
+    listing = data.list_clips("folder", tmp_path, "test")
+    for n, name in enumerate(names):
+        out = tmp_path / str(n)
+        visualize.main(words("attention", runs["cls"], out, "--clip", listing.path(n), *more))
+        assert figures[n]._suptitle.get_text() == figures[3 + n]._suptitle.get_text()
+        for one, other in zip(images_of(figures[n]), images_of(figures[3 + n]), strict=True):
+            np.testing.assert_array_equal(one, other)
+        film, = out.glob("*.mp4")
+        for one, other in zip(read_film(tmp_path / "set" / f"{name}.mp4"), read_film(film), strict=True):
+            np.testing.assert_allclose(one, other, atol=3)      # x264 does not repeat each bit
+    assert not np.array_equal(images_of(figures[0])[0], images_of(figures[1])[0])
+
+
+def drawn_by(monkeypatch, argv):
+    """(paths, names) of the clips that a command draws."""
+    calls = []
+    monkeypatch.setattr(visualize, "attention_of_clip", lambda *given: calls.append(map(str, given[3:])))
+    visualize.main(argv)
+    return map(list, zip(*calls))
+
+
+@pytest.mark.parametrize("flags, classes, asked", [
+    ("--clips 1", None, (1, 0)), ("--classes", ["teal bell", "red odd"], (1, 0)),
+    ("--seed 7 --clips 1 --classes", ["red odd", "teal bell"], (1, 7))])
+def test_the_clips_drawn_of_the_toy_are_those_of_choose_clips(
+        runs, toy, tmp_path, monkeypatch, flags, classes, asked):
+    listing = data.list_clips("toy", toy, "test")
+    argv = words("attention", runs["plain"], tmp_path, *flags.split(), *classes or (), toy=toy)
+    paths, names = drawn_by(monkeypatch, argv)
+    chosen = itertools.chain(*visualize.choose_clips(listing, classes, *asked).values())
+    assert paths == [listing.path(i) for i in chosen]
+    assert names == [f"toy-{int(path[-9:-4])}-{path[-9:-4]}" for path in paths]
+
+
+@pytest.mark.parametrize("labels, expected", [([[0, 1], [1], [0, 2], [], [2]], "acbe"), (None, "abcde")])
+def test_a_clip_of_several_classes_is_drawn_once_and_those_of_a_set_without_classes_too(
+        runs, tmp_path, monkeypatch, labels, expected):
+    files = [f"{letter}.mp4" for letter in "abcde"]
+    listing = data.make_listing("audioset", tmp_path, files, labels, "xyz" if labels else "", multilabel=True)
+    monkeypatch.setattr(data, "list_clips", lambda *given: listing)
+    argv = words("attention", runs["plain"], tmp_path, "--data", "audioset", "--clips", 9)
+    _, names = drawn_by(monkeypatch, argv)
+    assert names == [f"audioset-{'abcde'.index(letter)}-{letter}" for letter in expected]
+
+
+def test_clips_of_a_set_that_allow_of_no_attention_are_named_and_the_others_drawn(
+        runs, tmp_path, figures, monkeypatch, capsys):
+    """A text, three seconds where two are too long, pictures or sound alone, pictures of two sizes; one that
+    is whole."""
+    monkeypatch.setattr(visualize, "LONGEST", 2)
+    folder = tmp_path / "set"
+    whole = grey(folder / "whole.mp4")
+    (folder / "broken.mp4").write_text("no clip")
+    grey(folder / "long.mp4", seconds=3)
+    write(folder / "silent.mp4", [numbered(n) for n in range(10)], fps=10)
+    write(folder / "sound.mp4", wave=tone(400, 1))
+    parts = []
+    for n, size in enumerate(((48, 64), (64, 48))):
+        part = grey(tmp_path / "part.ts", size=size, options={"output_ts_offset": str(n)})
+        parts.append(part.read_bytes())
+    (folder / "turned.ts").write_bytes(b"".join(parts))
+    out = tmp_path / "out"
+    argv = words("attention", runs["plain"], out, "--data", "folder", "--data-dir", folder, "--clips", 9)
+    visualize.main(argv)
+    lines = capsys.readouterr().out.splitlines()
+    drawn = [out / f"attention-folder-{name}" for name in ("4-turned.png", "5-whole.png", "5-whole.mp4")]
+    bad = f"bad clip: {folder}"
+    expected = [f"{bad}/broken.mp4: does not decode", f"{bad}/long.mp4: is too long; cut out a part",
+                f"{bad}/silent.mp4: has no sound", f"{bad}/sound.mp4: has no picture", str(drawn[0]),
+                f"bad clip: {drawn[0].with_suffix('.mp4')}: the film could not be made", *map(str, drawn[1:])]
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(start)
+    assert set(out.iterdir()) == set(drawn)
+    whole.unlink()
+    assert "none of the clips drawn can be shown" in fails(visualize.main, argv)
+
+
 def test_curves_of_several_runs_are_named_and_told_apart_without_colour(runs, tmp_path, figures):
     folders = [tmp_path / name for name in "abc"]
     logs = {"loss": 1.0, "loss/a": 1.0, "know_nothing/a": 2.0}, {"loss": 3.0, "sigreg": 4.0}, {"loss": 1.0}
@@ -702,10 +800,25 @@ attention plain --clip CLIPS/silent.mp4 | silent.mp4: has no sound, so there is 
 attention plain --clip CLIPS/sound.wav | sound.wav: has no picture
 attention plain --clip CLIPS/none.mp4 | none.mp4: there is no such file
 attention deaf CLIP | this deaf encoder takes one modality only
-attention plain CLIP WORLD | give either --clip FILE, or --data toy
-attention plain WORLD --untrained | --untrained has no effect without --clip
-attention plain WORLD --heads each | --heads has no effect without --clip
-attention plain CLIP --data-dir TOY | --data-dir has no effect without --data toy
+attention plain CLIP WORLD | give either --clip FILE, or --data SET
+attention plain | give either --clip FILE, or --data SET
+attention plain WORLD --untrained | --untrained has no effect without --clips, since --data toy alone has both
+attention plain WORLD --heads each | --heads has no effect without --clips, since --data toy alone has
+attention plain WORLD --seed 0 | --seed has no effect without --clips, since --data toy alone measures all
+attention plain CLIP --data-dir TOY | --data-dir has no effect without --data
+attention plain CLIP --clips 1 | --clips has no effect without --data
+attention plain CLIP --classes a | --classes has no effect without --data
+attention plain CLIP --seed 0 | --seed has no effect without --data
+attention plain WORLD --clips 0 | --clips 0 is out of range: from 1 to
+attention plain WORLD --clips 1 --seed -1 | --seed -1 is out of range
+attention plain WORLD --clips 1 --layer 4 | --layer 4 is out of range: from -1 to 3
+attention plain WORLD --classes hmm | --classes hmm: toy has no clip of such a class; it has red odd, orange
+attention plain --data folder --data-dir CLIPS --classes a | --classes: these clips have no classes
+attention plain --data esc50 --data-dir TOY | --data esc50 has no pictures; attention between the two needs
+attention plain --data ssv2 --data-dir TOY | --data ssv2 has no sound; attention between the two needs both
+attention plain --data vggsound | --data vggsound needs --data-dir
+attention plain --data hmm | --data hmm: not a data set; one of toy, toy-still
+attention deaf WORLD --clips 1 | this deaf encoder takes one modality only
 attention plain CLIP --layer 4 | --layer 4 is out of range: from -1 to 3
 attention plain CLIP --out TOY/world.json/x | cannot be made
 pca plain WORLD --classes teal hmm | --classes teal: toy has no clip of such a class; it has red odd, orange
@@ -730,6 +843,7 @@ pca plain WORLD --clips 99999999999 | --clips 99999999999 is out of range
 map plain WORLD --seed -1 | --seed -1 is out of range
 map plain WORLD --out EMPTY | empty.csv: cannot be made
 attention broken CLIP | good.mp4: what the encoder says of this clip is no finite number
+attention broken WORLD --clips 1 | .mp4: what the encoder says of this clip is no finite number
 attention broken WORLD | 00000.mp4: what the encoder says of this clip is no finite number
 pca broken WORLD | .mp4: what the encoder says of this clip is no finite number
 map broken WORLD | 00000.mp4: what the encoder says of this clip is no finite number

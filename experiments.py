@@ -371,7 +371,7 @@ EXPERIMENTS = {
                  "seconds a step": "run/seconds a step",
                  "minutes of training": "run/minutes of training",
                  "minutes of evaluation": "run/minutes of evaluation",
-                 "minutes of attentive probes": "run/minutes of the steps after"},
+                 "minutes of the probes after": "run/minutes of the steps after"},
         formats={"chance, probes": ",.1f",
                  "chance, R@10": ",.1f",
                  "parameters of the encoder": ",.0f",
@@ -381,7 +381,7 @@ EXPERIMENTS = {
                  "seconds a step": ".3f",
                  "minutes of training": ".1f",
                  "minutes of evaluation": ".1f",
-                 "minutes of attentive probes": ".1f"},
+                 "minutes of the probes after": ".1f"},
         panels={"linear probe": (
                     "percent",
                     ["linear probe, audio", "linear probe, video", "linear probe, audio + video"],

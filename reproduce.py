@@ -45,9 +45,8 @@ from run import COLUMNS, Help, choose_device, code_version
 
 TRAIN = "train"                                         # of a run's steps the one that comes first
 PLACE = r"\{([\w-]+)\}"                                 # in a line of an experiment
-MACHINE = ("--workers", "--device")                     # flags that no value depends on
+MACHINE = ("--workers", "--device")                     # flags that no number depends on
 MULTIPLE = r"--steps (\d+)x"                            # in a row's line
-WHOLE = ("--data", "--data-dir", "--epochs", "--fresh", "--out", "--resume", "--seed", "--steps")
 TOY_REPORT = r"chance/|.*/few/|run/minutes of evaluation"       # paths that the end of a toy run alone fills
 BASELINES = {"trained": "", "untrained": " --baseline untrained", "raw input": " --baseline raw"}
 
@@ -151,52 +150,45 @@ def plan(experiment, args, extra):
 
 
 def begun(run):
-    """(command, versions of the code) by which a run was begun; two empty lists where it was not, or the file
-    that says so is broken."""
+    """(command, versions of the code) by which a run was begun, empty where it was not or command.json is
+    broken, and the steps that it ended with, None before."""
     content = tables.read(run["folder"] / "command.json") or {}
-    lists = [content.get("command"), content.get("versions")]
-    return lists if all(isinstance(words, list) for words in lists) else ([], [])
+    return tables.texts(content.get("command")), tables.texts(content.get("versions")), content.get("steps")
 
 
 def essence(words, folder, ckpt=None):
-    """The words that say what is computed: not those of the machine; paths in the run's folder below a name,
-    for it may move; of the checkpoint `ckpt` its size and time, by which another one is told."""
-    kept = []
-    for before, word in zip(["", *words], words):
-        if before in MACHINE or word in MACHINE:
+    """What is computed, {flag: its values}: not the flags of the machine; paths in the run's folder below a
+    name, for it may move; of the checkpoint `ckpt` its size and time, by which another one is told."""
+    flags = {"script": []}
+    for word in words:
+        if word.startswith("--"):
+            values = flags[word] = []                   # given twice, the last counts
             continue
-        path = Path(str(word))
+        path = Path(word)
         if path.is_relative_to(folder):
             word = str("{run}" / path.relative_to(folder))
-        kept.append(word)
+        (values if len(flags) > 1 else flags["script"]).append(word)
     if ckpt:
         about = os.stat(ckpt)
-        kept.append(f"{about.st_size} bytes of {about.st_mtime_ns}")
-    return kept
-
-
-def progress(file):
-    """(steps done, steps in all) of a checkpoint; (0, 1) where there is none, or it is broken."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)    # reads no weights
-        return content["step"], content.get("steps")
-    except Exception:                                   # torch raises half a dozen kinds for a damaged file
-        return 0, 1
+        flags["--ckpt"].append(f"{about.st_size} bytes of {about.st_mtime_ns}")
+    return {flag: values for flag, values in flags.items() if flag not in MACHINE}
 
 
 def finished(run):
     """{path: number} of what a run and the steps behind it have found, or None if its training is not
     finished. Raises UserError if the folder holds a run of another command."""
-    command, _ = begun(run)
+    command, _, steps = begun(run)
     folder = run["folder"]
     results = tables.read(folder / "results.json")
     latest = folder / "latest.pt"
-    done, total = progress(latest)
+    done, total = tables.progress(latest)
     trained = results if run["made"] else done == total
     # but for --out: it may move
     same = essence(command[:-2], folder) == essence(run["command"][:-2], folder)
     if not same and (trained or os.path.lexists(latest)):
         raise UserError(f"{folder} holds a run of another command, see its command.json; give another --out")
+    if None not in (steps, total) and steps != total:
+        raise UserError(f"{folder}: its run has been made one of {total} steps since; give another --out")
     if not run["ckpt"] and not (same and trained):
         return None
     rows = probed(run)
@@ -231,23 +223,27 @@ def missing(run):
 # ----------------------------------------------------------------------------------------------------------
 
 def estimate(runs, left, jobs):
-    """How long the steps left [(run, steps)] take, in words, by what the same have taken."""
+    """How long the steps left [(run, steps)] take, in words: by what the same have taken in the row, else in
+    others."""
     took = {}
     done = {}
     for run in runs:
+        times = {step: tables.seconds_of(rows) for step, rows in probed(run).items()}
         seconds, done[run["folder"]] = tables.training_time(run["folder"])
         if seconds:
-            took.setdefault(TRAIN, []).append(seconds / run["times"])
-        for step, rows in probed(run).items():
-            took.setdefault(step, []).append(tables.seconds_of(rows))
+            times[TRAIN] = seconds / run["times"]
+        for step, seconds in times.items():
+            took.setdefault(step, []).append(seconds)
+            took.setdefault((run["row"], step), []).append(seconds)
     total = 0.0
     unknown = 0
     for run, steps in left:
-        unknown += sum(step not in took for step in steps)
-        for step in set(steps) & took.keys():
+        for step in steps:
+            times = took.get((run["row"], step)) or took.get(step)
             share = run["times"] * (1 - done[run["folder"]]) if step == TRAIN else 1
-            total += statistics.mean(took[step]) * share
-    if not total:
+            total += statistics.mean(times) * share if times else 0
+            unknown += not times
+    if unknown and not total:
         return "how long it takes is not known: none of it has been run yet"
     beside = f" and {unknown} steps of which none has been run" if unknown else ""
     return f"about {total / 60 / min(jobs, len(left)):.0f} min{beside}, by the runs that there are"
@@ -291,7 +287,7 @@ def lock_job(folder):
 def begin(run):
     """Note the command of a run in its folder; one on --ckpt has a link to it."""
     latest = run["folder"] / "latest.pt"
-    versions = begun(run)[1] if latest.is_file() else []                # of the code, of all that trained it
+    _, versions, _ = begun(run) if latest.is_file() else ([], [], None) # of the code, of all that trained it
     versions = list(dict.fromkeys([*versions, code_version()]))
     tables.write(run["folder"] / "command.json", {"command": run["command"], "versions": versions})
     if run["ckpt"]:
@@ -331,20 +327,25 @@ class Job:
         searches = self.step.startswith("retrieval.py")
         self.file = self.run["folder"] / ("retrieval.jsonl" if searches else "probe.jsonl")
         self.size = self.file.stat().st_size if self.file.is_file() else 0
-        alone = self.step != TRAIN and "finetune" not in self.step
-        self.process = launch(self.run, self.step, [sys.executable] if alone else words, self.device)
+        words = words if is_training(self.step) else [sys.executable]
+        self.process = launch(self.run, self.step, words, self.device)
 
     def end(self, experiment, rest):
         """Keep the rows that the step wrote, and say how it ended, with the rest that there is to do. Nothing
         follows a training that failed."""
         code = self.process.poll()
-        rows = tables.new_rows(self.file, self.size) if self.step != TRAIN and not code else []
-        self.locked.close()
-        if rows:
-            words = essence(self.run["steps"][self.step], self.run["folder"], self.run["ckpt"])
-            rows = [{**row, "words": words} for row in rows]
-            file = self.run["folder"] / "steps.json"
+        folder = self.run["folder"]
+        if self.step == TRAIN and not code:
+            file = folder / "command.json"
+            _, steps = tables.progress(folder / "latest.pt")
+            tables.write(file, {**(tables.read(file) or {}), "steps": steps})
+        elif not code:
+            words = self.run["steps"][self.step]
+            found = {"words": essence(words, folder, self.run["ckpt"])}
+            rows = [{**row, **found} for row in tables.new_rows(self.file, self.size, words)]
+            file = folder / "steps.json"
             tables.write(file, {**(tables.read(file) or {}), self.step: rows})
+        self.locked.close()
         name = name_of(self.run, self.step)
         if not code and self.step not in missing(self.run):
             took = f"{time.time() - self.began:.0f} s"
@@ -355,6 +356,11 @@ class Job:
             self.steps = []
         trouble = f"failed (exit code {code})" if code else "was stopped before its end"
         print(f"{name} {trouble}: see {self.run['folder']}/output.txt", flush=True)
+
+
+def is_training(step):
+    """Whether it takes several processes."""
+    return step == TRAIN or "finetune" in step
 
 
 def name_of(run, step):
@@ -370,7 +376,8 @@ def show_left(run, steps, words):
         print(f"  left: {name_of(run, TRAIN)}: {words} {shlex.join(run['command'])}{then}", flush=True)
         return
     for step in steps:
-        print(f"  left: {name_of(run, step)}: python {shlex.join(run['steps'][step])}", flush=True)
+        start = words if is_training(step) else "python"
+        print(f"  left: {name_of(run, step)}: {start} {shlex.join(words_of(run, step))}", flush=True)
 
 
 def new_values(experiment, job):
@@ -394,13 +401,11 @@ def share_devices(jobs):
 def run_all(experiment, left, args):
     """Run what is left [(run, steps)], --jobs runs at a time, and say how each step ends. Returns the runs
     that did not finish."""
-    began = time.time()
     waiting = [*left]
-    words = shlex.split(args.launch) if args.launch else [sys.executable]
+    words = shlex.split(args.launch or "") or [sys.executable]
     free = share_devices(args.jobs)
     active = []
     failed = []
-    done = 0
     try:
         while waiting or active:
             while waiting and free:
@@ -413,11 +418,9 @@ def run_all(experiment, left, args):
                     failed.append(run)
             for job in [job for job in active if not job.process or job.process.poll() is not None]:
                 if job.process:
-                    done += 1
                     todo = sum(len(steps) for _, steps in waiting)
                     todo += sum(len(other.steps) + (other is not job) for other in active)
-                    rest = (time.time() - began) / done * todo / 60
-                    job.end(experiment, f"{todo} steps left, about {rest:.0f} min")
+                    job.end(experiment, f"{todo} steps left")
                 job.start(experiment, words)
                 if not job.process:
                     active.remove(job)
@@ -440,7 +443,7 @@ def found(runs):
     for run in runs:
         with contextlib.suppress(UserError):            # of another command by now
             each.append((run["row"], run["seed"], finished(run)))
-    return [(row, seed, numbers) for row, seed, numbers in each if numbers]
+    return [(row, seed, numbers) for row, seed, numbers in each if numbers is not None]
 
 
 def write_table(experiment, runs, flags, out):
@@ -449,11 +452,12 @@ def write_table(experiment, runs, flags, out):
     folders = {}
     lacking = {}
     for run in runs:
-        if finished(run):
+        if finished(run) is not None:
             versions.update(begun(run)[1])
-            folders.setdefault(run["row"], []).append(run["folder"])
         if missing(run):
             lacking.setdefault(run["row"], []).append(str(run["seed"]))
+        else:
+            folders.setdefault(run["row"], []).append(run["folder"])
     lacking.update({row: ["all"] for row in experiment["rows"] if row not in (run["row"] for run in runs)})
     flags = [*shlex.split(experiment["flags"]), *flags]
     about = {"commands": experiment["rows"], "flags": flags, "versions": sorted(versions)}
@@ -498,9 +502,6 @@ def get_args(argv=None):
         flag = word.split("=")[0]
         if flag in ("--fresh", "--resume", "--seed"):
             raise UserError(f"{word}: an experiment decides that itself; leave it out")
-        begun = [name for name in WHOLE if flag.startswith("--") and name.startswith(flag) and name != flag]
-        if begun and flag not in WHOLE:                 # the scripts would take it for that one
-            raise UserError(f"{word}: write it out, as {begun[0]}")
         extra += word.split("=", 1) if word.startswith("--") else [word]
     for seed in args.seeds:
         check_range("--seeds", seed, 0, 2 ** 31)
@@ -527,10 +528,14 @@ def check_fit(args, experiment, extra):
         words = shlex.split(args.launch or "")
     except ValueError as e:
         raise UserError(f"--launch {args.launch}: is no command line ({e})") from None
+    sets = (args.data, args.probe_data)
     if words and args.jobs > 1:
         raise UserError("--jobs: with --launch a run has all devices; leave one of them out")
     if words and not args.dry_run and not shutil.which(words[0]):
         raise UserError(f"--launch: there is no command {words[0]} here")
+    if args.probe_data != args.data and (args.ckpt or any(data.find_set(name).make for name in sets)):
+        raise UserError(f"--probe-data {args.probe_data}: has no effect on rows that name their set, and on "
+                        "clips that we make a run is evaluated itself; leave it out")
     rows = {tables.slug(row): row for row in experiment["rows"]}
     for row in args.row or ():
         if tables.slug(row) not in rows:
@@ -547,10 +552,12 @@ def check_fit(args, experiment, extra):
             raise UserError(f"{extra[0]}: no effect on {args.experiment}, which trains nothing; leave it out")
         args.ckpt = str(common.checkpoint_file(args.ckpt).resolve())
     own = re.findall(r"--\S+", re.sub(MULTIPLE, "", " ".join(experiment["rows"].values())))
-    for word in extra:                                  # the scripts take a flag's beginning for it as well
-        if word.startswith("--") and any(flag.startswith(word) for flag in own):
+    for word in extra:
+        if word in own:
             raise UserError(f"{word}: rows of {args.experiment} set it themselves; leave it out")
     lines = " ".join([*experiment["rows"].values(), *sum(experiment["after"].values(), [])])
+    if words and args.ckpt and "finetune" not in lines:
+        raise UserError(f"--launch: no effect on {args.experiment}, which trains nothing; leave it out")
     known = set(re.findall(PLACE, lines)) - {"run"}
     places = {}
     for word in args.places or ():
@@ -577,6 +584,14 @@ def check_out(out):
             raise UserError(f"--out {out}: cannot be made ({e.strerror}); give another --out") from None
 
 
+def check_commands(runs):
+    """End as the scripts do, before the first is started, where one of them does not take its flags."""
+    for run in runs:
+        script, *words = run["command"]
+        if not run["ckpt"]:
+            importlib.import_module(script.removesuffix(".py")).get_args(words)
+
+
 def main(argv=None):
     args, extra = get_args(argv)
     experiment = choose(args)
@@ -591,6 +606,9 @@ def main(argv=None):
         print(f"left out of {row}: what needs {', '.join(sorted(names))}; give --places NAME=PATH of it")
     runs = [run for run in runs if run["steps"] or not run["ckpt"]]
     asked = [run for run in runs if run["row"] in args.row]
+    if not asked:
+        raise UserError(f"--places: of {args.experiment} nothing can be run without them; give them as above")
+    check_commands(asked)
     all_left = [(run, missing(run)) for run in runs]    # of those not asked as well: they are in the table
     left = [(run, steps) for run, steps in all_left if run["row"] in args.row and steps]
     print(f"{args.experiment}: {len(asked) - len(left)} of {len(asked)} runs finished", flush=True)

@@ -1207,7 +1207,8 @@ def loop_flags(add_data, add_run, add_machine):
 def make_parser(doc, name):
     """A parser with the flags that all methods share, with the same meaning, and the add_argument of its
     group "method". doc: the script's; name: of the method."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=Help)
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n")[0], formatter_class=Help, allow_abbrev=False)
     add_data, add_run, add_method, add_machine = flag_groups(parser)
     add_data("--data", default="toy", help=", ".join(data.SETS))
     add_data("--data-dir",

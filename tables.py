@@ -10,6 +10,7 @@ import re
 import statistics
 import textwrap
 
+import torch
 from matplotlib.figure import Figure
 
 import common
@@ -32,6 +33,11 @@ def read(path):
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def texts(value):
+    """A list of texts as it is, of anything else an empty one."""
+    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else []
 
 
 def write(path, content):
@@ -74,20 +80,29 @@ def are_rows(rows):
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return False
     for row in rows:
-        values = [row.get("seconds"), row.get("step"), row.get("value", 0)]
-        names = [row.get("head", ""), row.get("tested", "")]
+        values = [row.get("seconds"), row.get("step")]
+        names = []
+        if "tested" in row:                             # of probe.py
+            values.append(row.get("value"))
+            names += [row["tested"], row.get("head")]
         if not all(isinstance(x, (int, float)) for x in values) or not all(isinstance(x, str) for x in names):
             return False
     return bool(rows)
 
 
-def new_rows(file, before):
-    """The rows of a .jsonl file from a byte on, [] where one of them is broken."""
+def new_rows(file, before, words):
+    """The rows of a .jsonl file from a byte on that a step of these words writes; [] where one is broken."""
     try:
         rows = [json.loads(line) for line in file.read_bytes()[before:].splitlines()]
     except (OSError, ValueError):
         return []
-    return rows if are_rows(rows) else []
+    flags = dict(zip(words, words[1:]))
+    said = {"data": flags.get("--data"), "baseline": flags.get("--baseline"),
+            "untrained": "--untrained" in words}
+    if "--modality" in flags:
+        said["modality"] = flags["--modality"]
+    rows = rows if are_rows(rows) else []
+    return [row for row in rows if all(row.get(name, value) == value for name, value in said.items())]
 
 
 def numbers(results, steps, names):
@@ -114,25 +129,31 @@ def measures(folder, results, steps, count):
     values = {"seconds a step": seconds, "minutes of training": minutes}
     with contextlib.suppress(UserError):                # a checkpoint that is gone, or broken
         values.update(sizes(folder))
-    if "seconds" in results:
+    if isinstance(results.get("seconds"), (int, float)):
         values["minutes of evaluation"] = results["seconds"] / 60
     if steps and len(steps) == count:
         values["minutes of the steps after"] = sum(map(seconds_of, steps.values())) / 60
     return flatten({"run": values})
 
 
+def progress(file):
+    """(steps done, steps in all) of a checkpoint; (0, None) where there is none, or it is broken."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)    # reads no weights
+        return content["step"], content.get("steps")
+    except Exception:                                   # torch raises half a dozen kinds for a damaged file
+        return 0, None
+
+
 def training_time(folder):
-    """(seconds that the whole of a run takes, share of it that is done) by its log and its output; (None, 0)
-    where they say nothing."""
-    log = run.read_log(folder)
-    seconds, _ = step_times(log)
-    output = folder / "output.txt"
-    text = output.read_text("utf-8", "replace") if output.is_file() else ""
-    said = re.findall(r"([\d,]+) steps of \d+ clips", text)
-    if not (said and seconds):
+    """(seconds that a run's training and the table at its end take, share of it that is done), or (None, 0)
+    where nothing says so."""
+    seconds, _ = step_times(run.read_log(folder))
+    done, total = progress(folder / "latest.pt")
+    if not (seconds and total):
         return None, 0
-    steps = int(said[-1].replace(",", ""))
-    return seconds * steps, min(1, (log[-1]["step"] + 1) / steps)
+    results = flatten(read(folder / "results.json") or {})
+    return seconds * total + results.get("seconds", 0), done / total
 
 
 def flatten(content, *above):
@@ -150,8 +171,9 @@ def mean_log(logs):
     """The logs of several seeds as one: the means, at each step that all of them have."""
     rows = {}
     for log in logs:
-        for row in log:
-            rows.setdefault(row["step"], []).append(row)
+        last = {row["step"]: row for row in log}        # two processes may have written it
+        for step, row in last.items():
+            rows.setdefault(step, []).append(row)
     mean = []
     for _, of_seeds in sorted(rows.items()):
         if len(of_seeds) == len(logs):
@@ -167,8 +189,9 @@ def curves(folders, below):
     for row, of_seeds in folders.items():
         logs = [run.read_log(folder / below) for folder in of_seeds]
         logs = [log for log in logs if log]
-        if logs:
-            found[f"{row} ({len(logs)} seeds)" if len(logs) > 1 else row] = mean_log(logs)
+        mean = mean_log(logs)
+        if mean:
+            found[f"{row} ({len(logs)} seeds)" if len(logs) > 1 else row] = mean
     return found
 
 
@@ -295,7 +318,7 @@ def differences(experiment, table):
                     single.append(f"{name}: {column}")
                 elif cell:
                     line[-1] += f" ± {number(experiment, column, cell['std'])}"
-                    small += [f"{name}: {column}"] if abs(cell["mean"]) <= cell["std"] else []
+                    small += [] if abs(cell["mean"]) > cell["std"] else [f"{name}: {column}"]
             lines += [[name, *line]] if set(line) - {"–"} else []
     return lines_of(lines) if lines[1:] else "", small, single
 
@@ -418,10 +441,12 @@ def save(experiment, found, folders, lacking, about, out):
         "title": experiment["title"], **about, "rows": table, "paper": experiment["paper"],
         "source": experiment["source"]})
     text = f"{markdown(experiment, table)}\n{notes(experiment, table, lacking)}".rstrip() + "\n"
-    picture = draw(experiment, table)
     run.replace_file(out / "table.md", lambda file: file.write(text.encode()))
-    run.replace_file(out / "table.png", lambda file: picture.savefig(file, format="png", dpi=110))
-    files = ["table.md", "table.json", "table.png"]
+    files = ["table.md", "table.json"]
+    if table:
+        picture = draw(experiment, table)
+        files.append("table.png")
+        run.replace_file(out / files[-1], lambda file: picture.savefig(file, format="png", dpi=110))
     for title, below in experiment["curves"].items():
         logs = curves(folders, below)
         if logs:

@@ -86,6 +86,8 @@ def start(tmp_path, monkeypatch):
     small = dict(title="What: of what", columns={"audio": "trained/audio"}, rows=rows)
     methods = {**reproduce.EXPERIMENTS["methods"], "rows": rows, "only": {"ten": "audio"}}
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"small": small, "methods": methods})
+    module = SimpleNamespace(get_args=lambda words: words, RECIPE={"steps": (9, 9)})
+    monkeypatch.setitem(sys.modules, "script", module)
 
     def start(*more, name="small", seeds="0"):
         for way in ("10", "20") if name == "methods" else ():
@@ -177,7 +179,7 @@ def test_a_folder_may_move_and_the_machine_may_be_another(start, tmp_path):
 
 
 @pytest.mark.parametrize("name, flags, says", [
-    ("ajepa-loss", "--loss l2", "--loss"), ("ajepa-loss", "--los=l2", "--los"),
+    ("ajepa-loss", "--loss l2", "--loss"),
     ("ncsu-sizes", "--size tiny", "--size"), ("avjepa-components", "--local none", "--local"),
     ("avjepa-components", "--lam 0.5", "--lam"), ("avjepa-components", "--absent drop", "--absent")])
 def test_a_flag_that_tells_the_rows_apart_is_refused_and_one_of_all_rows_is_replaced(name, flags, says):
@@ -202,7 +204,8 @@ def words_after(words, flag):
     (["--out", f"{__file__}/x"], "cannot be made"), (["--out", 300 * "x"], "cannot be made"),
     (["--seeds", "-1"], "--seeds -1 is out of range"), (["--seeds", "0", "99999999999"], "out of range"),
     (["--seeds", "0", "1", "0"], "--seeds: 0 is given twice"),
-    (["--workers", "-1"], "--workers -1 is out of range"), (["--device", "gpu"], "--device gpu")])
+    (["--workers", "-1"], "--workers -1 is out of range"), (["--device", "gpu"], "--device gpu"),
+    (["--probe-data", "esc50"], "--probe-data esc50: has no effect")])
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_what_an_experiment_cannot_take_is_refused_before_a_run_begins(
         flags, says, dry, tmp_path, monkeypatch):
@@ -222,7 +225,9 @@ def test_what_is_no_number_is_refused_by_the_parser(flags, capsys):
 @pytest.mark.parametrize("line", [
     b"", b"[1]", b'{"tested": "video"}', b"\xff",
     b'{"head": "linear", "tested": [], "value": 1, "seconds": 1, "step": 1}',
-    b'{"head": "linear", "tested": "av", "value": "1", "seconds": 1, "step": 1}'])
+    b'{"head": "linear", "tested": "av", "value": "1", "seconds": 1, "step": 1}',
+    b'{"tested": "av", "value": 1, "seconds": 1, "step": 1}',
+    b'{"head": "linear", "tested": "av", "seconds": 1, "step": 1}'])
 def test_only_whole_rows_of_a_step_count(line, tmp_path):
     file = tmp_path / "probe.jsonl"
     row = {"head": "linear", "tested": "video", "value": 80.0, "seconds": 30, "step": 5}
@@ -230,7 +235,31 @@ def test_only_whole_rows_of_a_step_count(line, tmp_path):
     before = file.stat().st_size
     with open(file, "ab") as f:
         f.write(json.dumps(row).encode() + b"\n")
-    assert tables.new_rows(file, before) == [row] and tables.new_rows(file, 0) == []
+    assert tables.new_rows(file, before, []) == [row] and tables.new_rows(file, 0, []) == []
+
+
+@pytest.mark.parametrize("other", [
+    {"data": "esc50"}, {"baseline": "untrained"}, {"modality": "av"}, {"untrained": True}])
+def test_a_row_that_another_probe_writes_meanwhile_does_not_count(other, tmp_path):
+    words = "probe.py --modality video --data toy --ckpt x".split()
+    row = {"head": "linear", "tested": "video", "value": 80.0, "seconds": 30, "step": 5, "data": "toy",
+           "modality": "video", "baseline": None}
+    file = tmp_path / "probe.jsonl"
+    file.write_text("\n".join(json.dumps(each) for each in ({**row, **other}, row)))
+    assert tables.new_rows(file, 0, words) == [row]
+    file.write_text(json.dumps({**row, **other}))
+    assert tables.new_rows(file, 0, words) == []
+
+
+def test_a_run_that_was_made_longer_by_hand_is_refused(start, tmp_path):
+    (tmp_path / "10").mkdir()
+    torch.save(dict(step=6, steps=6), tmp_path / "10" / "latest.pt")
+    start("--row", "ten")
+    assert start("--row", "ten") == []
+    torch.save(dict(step=9, steps=9), tmp_path / "out/ten-seed0/latest.pt")
+    fails(start, "--row", "ten", match="ten-seed0: its run has been made one of 9 steps since; give another")
+    (tmp_path / "out/ten-seed0/latest.pt").unlink()     # to save room
+    assert start("--row", "ten") == []
 
 
 def test_a_broken_row_of_a_probe_is_a_probe_that_is_missing(start, tmp_path, capsys):
@@ -249,13 +278,14 @@ def test_broken_files_of_a_run_are_as_good_as_none(start, tmp_path):
     (ten / "steps.json").write_text('{"a": 1, "' + STEP.replace("video", "audio") + '": [1]}')
     assert start(name="methods") == [f"{BOTH[0]}:audio:None", f"{BOTH[0]}:audio:untrained"]
     results = json.loads((twenty / "results.json").read_text())
-    results.update(trained=[1], untrained={"audio": "5"})
+    results.update(trained=[1], untrained={"audio": "5"}, seconds="90")
     (twenty / "results.json").write_text(json.dumps(results))
     with open(twenty / "log.jsonl", "a") as f:
         f.write('{"step": 9}\n')
     assert start(name="methods") == []
     assert "| linear probe, audio | 10.0 | – |" in table(tmp_path)[0]
-    for content in ('{"command": 3}', "[]", '{"command": ["x"], "versions": null}'):
+    for content in ('{"command": 3}', "[]", '{"command": [3], "versions": ["x"]}',
+                    '{"command": ["x"], "versions": null}'):
         (ten / "command.json").write_text(content)
         fails(start, name="methods", match="another command, see its command.json; give another --out")
 
@@ -340,7 +370,7 @@ def test_rows_are_trained_then_probed_and_are_the_columns_of_a_table_of_measures
                  "| seconds a step | 6.000 ± 0.000 | 6.000 ± 0.000 |",
                  "| minutes of training | 0.7 ± 0.0 |",             # two steps of 3 s and four of 9 s
                  "| minutes of evaluation | 1.5 ± 0.0 |",
-                 "| minutes of attentive probes | 1.0 ± 0.0 | 3.0 ± 0.0 |"):
+                 "| minutes of the probes after | 1.0 ± 0.0 | 3.0 ± 0.0 |"):
         assert line in text
     fig = tables.draw({**ENTRY, **reproduce.EXPERIMENTS["methods"]}, rows)
     assert [ax.get_title() for ax in fig.axes] == list(reproduce.EXPERIMENTS["methods"]["panels"])
@@ -356,7 +386,7 @@ def test_a_probe_that_fails_or_is_missing_is_named_and_alone_run_again(start, tm
     shown = capsys.readouterr().out
     assert f"twenty and more, seed 0, trained: {STEP} failed (exit code 1)" in shown
     assert "| attentive probe, audio + video | – | 80.0 |" in shown
-    assert "| minutes of attentive probes | 1.0 | – |" in shown
+    assert "| minutes of the probes after | 1.0 | – |" in shown
     (tmp_path / "broken.txt").unlink()
     with open(tmp_path / "out" / BOTH[1] / "probe.jsonl", "a") as f:    # of another probe: does not count
         f.write('{"head": "attentive", "tested": "video", "value": 1.0, "seconds": 1, "step": 1}\n')
@@ -391,7 +421,7 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     reproduce.main(words)
     values = {column: cell["mean"] for column, cell in table(tmp_path)[1]["it"].items()}
     assert all(0 <= values[f"attentive probe, video{which}"] <= 100 for which in ("", ", untrained"))
-    assert values["minutes of attentive probes"] >= 0 and values["seconds a step"] > 0
+    assert values["minutes of the probes after"] >= 0 and values["seconds a step"] > 0
     rows = [json.loads(line) for line in (tmp_path / "out/it-seed0/probe.jsonl").read_text().splitlines()]
     assert [values["step 1"], values["step 2"]] == [row["value"] for row in rows if row["probe"] == "linear"]
     title = "The four methods: frozen encoders on held-out clips, probes and retrieval (R@10) (toy)"
@@ -410,6 +440,22 @@ def test_a_real_run_is_probed_and_measured(toy, tmp_path, monkeypatch):
     assert tables.step_times([]) == (None, None)
 
 
+def test_curves_are_of_whole_runs_alone(start, tmp_path, monkeypatch):
+    """The log of a head that a training before left lies beside one whose probe fails."""
+    drawn = []
+    monkeypatch.setattr(run, "draw_curves", lambda file, runs, title: drawn.append(list(runs)))
+    reproduce.EXPERIMENTS["small"].update(
+        after={"x": ["probe.py --modality video"]}, curves={"head": "head"}, only={"ten": "audio"})
+    for name in BOTH:
+        (tmp_path / "out" / name / "head").mkdir(parents=True)
+        run.append_row(tmp_path / "out" / name / "head" / "log.jsonl", {"step": 1, "loss": 1.0})
+    (tmp_path / "broken.txt").write_text("video")
+    fails(start, match="1 of 2 runs did not finish")
+    (tmp_path / "broken.txt").unlink()
+    start()
+    assert drawn == [["ten"], ["ten", "twenty and more"]]
+
+
 def test_the_curve_of_a_row_is_the_mean_of_its_seeds_where_they_all_have_a_step(tmp_path):
     folders = []
     for seed, steps in enumerate([(9, 19, 29), (9, 29, 39), (9, 29)]):
@@ -418,6 +464,7 @@ def test_the_curve_of_a_row_is_the_mean_of_its_seeds_where_they_all_have_a_step(
         for step in steps:
             row = {"step": step, "loss": step * (seed + 1) ** 2, f"of seed {seed}": 1.0}
             run.append_row(folders[-1] / "log.jsonl", row)
+    run.append_row(folders[2] / "log.jsonl", {"step": 29, "loss": 29 * 9})          # written twice
     empty = tmp_path / "none"
     found = tables.curves({"a": [*folders, empty], "b": [empty], "c": folders[:1]}, "")
     assert list(found) == ["a (3 seeds)", "c"] and found["c"] == run.read_log(folders[0])
@@ -548,7 +595,7 @@ def test_on_other_data_probes_give_the_numbers_that_a_toy_run_gives_itself(start
     assert "| ten | 80.0 | 40.0 | – | 0 |" in text and "| twenty and more | 80.0 | 40.0 | 80.0 | 0 |" in text
     assert "What: of what (folder)" in (tmp_path / "out/table.json").read_text()
     assert start("--data", "folder", "--data-dir", "clips") == []
-    other = ["--data", "folder", "--data-dir", "clips", "--probe-data", "toy"]
+    other = ["--data", "folder", "--data-dir", "clips", "--probe-data", "esc50"]
     assert len(start(*other)) == 5                      # the probes alone: they are of another set
     torch.save(dict(step=2, steps=3), tmp_path / "out/ten-seed0/latest.pt")
     (tmp_path / "out/ten-seed0/curves.png").touch()     # of visualize.py, on a run that has stopped
@@ -628,12 +675,15 @@ def test_the_recipe_that_a_set_has_anyway_may_be_said():
 
 
 def test_a_dry_run_estimates_by_the_runs_that_exist(start, tmp_path, capsys):
+    (tmp_path / "10").mkdir()
+    torch.save(dict(step=1206, steps=1206), tmp_path / "10" / "latest.pt")
     start("--dry-run")
     assert "none of it has been run yet" in capsys.readouterr().out
     start("--row", "ten")
-    start("--dry-run", seeds="0 1 2")                   # five of 1,206 steps of 6 s
-    assert f"about {5 * 1206 * 6 / 60:.0f} min, by the runs" in capsys.readouterr().out
-    (tmp_path / "out/ten-seed0/results.json").unlink()  # six steps of it are done
+    start("--dry-run", seeds="0 1 2")                   # five of 1,206 steps of 6 s, and tables of 90 s
+    assert f"about {5 * (1206 * 6 + 90) / 60:.0f} min, by the runs" in capsys.readouterr().out
+    (tmp_path / "out/ten-seed0/results.json").unlink()
+    torch.save(dict(step=6, steps=1206), tmp_path / "out/ten-seed0/latest.pt")
     start("--dry-run", "--jobs", "2")
     assert f"about {(1200 + 1206) * 6 / 60 / 2:.0f} min, by the runs" in capsys.readouterr().out
 
@@ -675,6 +725,9 @@ def test_sets_that_are_not_there_are_named_and_the_rest_is_probed(start, tmp_pat
     more[1] = str(other)
     fails(start, *more[:2], "--size", "nano", match="--size: no effect on small, which trains nothing")
     fails(start, *more, "ssv2=nowhere", match="--places ssv2=nowhere: nowhere is not there")
+    fails(start, *more[:2], match="--places: of small nothing can be run without them")
+    fails(start, *more, "--launch", sys.executable, match="--launch: no effect on small")
+    fails(start, *more, "--probe-data", "esc50", match="--probe-data esc50: has no effect on rows that name")
 
 
 def test_the_users_epochs_take_the_place_of_an_entrys_steps():
@@ -682,9 +735,25 @@ def test_the_users_epochs_take_the_place_of_an_entrys_steps():
     assert "--steps" not in runs[0]["command"] and "--epochs" in runs[0]["command"]
 
 
-@pytest.mark.parametrize("word", ["--step", "--epoch", "--fres", "--see", "--dat"])
-def test_a_flag_that_is_cut_short_is_refused(word):
-    fails(planned, "ajepa-loss", word, "3", match=f"{word}: write it out, as --")
+@pytest.mark.parametrize("words", ["--step 3", "--fres", "--los=l2", "--stpes 100", "foo", "--dry"])
+def test_what_the_scripts_do_not_take_is_refused_before_a_run_begins(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "launch", None)
+    with pytest.raises(SystemExit) as end:
+        reproduce.main(["ajepa-loss", *words.split()])
+    said = words.replace("=", " ")                      # as the runs are given it
+    assert end.value.code == 2 and f"error: unrecognized arguments: {said}" in capsys.readouterr().err
+    fails(reproduce.main, ["ajepa-loss", "--log-every", "0"], match="--log-every 0 is out of range")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_order_of_flags_and_what_a_later_one_replaces_make_no_other_command(tmp_path):
+    words = "script.py --steps 5 --lr 1 2 --steps 3 --workers 2 --grey -1".split()
+    same = "script.py --grey -1 --device cpu --lr 1 2 --steps 3".split()
+    assert reproduce.essence(words, tmp_path) == reproduce.essence(same, tmp_path)
+    for other in ("script.py --steps 3 --lr 2 1 --grey -1", "other.py --steps 3 --lr 1 2 --grey -1",
+                  "script.py --steps 3 --lr 1 2 --grey", "script.py --steps 3 --lr 1 2"):
+        assert reproduce.essence(words, tmp_path) != reproduce.essence(other.split(), tmp_path)
 
 
 def test_a_path_is_that_of_the_call_wherever_the_next_call_is_made(monkeypatch, tmp_path):
@@ -738,19 +807,23 @@ def test_on_sets_that_we_do_not_make_a_column_that_no_step_fills_is_left_out():
     assert "chance, probes" in planned("methods")[0]["columns"]
 
 
-def test_only_the_word_for_kept_checkpoints_is_many(tmp_path):
+def test_only_the_word_for_kept_checkpoints_is_many(tmp_path, capsys):
     folder = tmp_path / "a*b"
     folder.mkdir()
     for name in ("step-000002.pt", "step-000001.pt"):
         (folder / name).touch()
     it = dict(folder=folder, steps={"s": ["probe.py", "--ckpt", f"{folder}/step-*.pt", "--out", str(folder)]})
+    it.update(row="r", seed=0, names={"s": "kept"})
+    reproduce.show_left(it, ["s"], "torchrun")
+    assert f"python probe.py --ckpt '{folder}/step-000001.pt'" in capsys.readouterr().out
     assert reproduce.words_of(it, "s") == [
         "probe.py", "--ckpt", f"{folder}/step-000001.pt", f"{folder}/step-000002.pt", "--out", str(folder)]
 
 
-def test_a_row_of_three_times_the_steps_is_estimated_as_three(start, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "script", SimpleNamespace(RECIPE={"steps": (9, 9)}))
+def test_a_row_of_three_times_the_steps_is_estimated_as_three(start, tmp_path, capsys):
+    (tmp_path / "10").mkdir()
+    torch.save(dict(step=1206, steps=1206), tmp_path / "10" / "latest.pt")
     start("--row", "ten")
     reproduce.EXPERIMENTS["small"]["rows"]["long"] = "script.py --way 30 --steps 3x"
     start("--dry-run", "--row", "long")                 # of 1,206 steps of 6 s, three times
-    assert f"about {3 * 1206 * 6 / 60:.0f} min, by the runs" in capsys.readouterr().out
+    assert f"about {3 * (1206 * 6 + 90) / 60:.0f} min, by the runs" in capsys.readouterr().out

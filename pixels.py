@@ -241,14 +241,17 @@ def train_decoder(decode, parameters, batches, steps, lr, troubles, log=None):
     count = collections.Counter()
     for step, batch in enumerate(tqdm(batches, desc="pixels", unit="step", total=steps)):
         troubles.add(batch)
-        losses = {}
+        losses = []
+        shown = {}                                      # of what the batch has
         for m, (pixels, truth, _, has) in decode(batch, step).items():
             # on the CPU: MPS has no float64
             total[m] = total[m] + truth[has].sum(0).cpu().double()                  # (N, P)
             count[m] += int(has.sum())
             error = (pixels - truth).square().mean((1, 2))                          # (B,)
-            losses[m] = (error * has).sum() / has.sum().clamp_min(1)
-        loss = sum(losses.values()) / len(losses)
+            losses.append((error * has).sum() / has.sum().clamp_min(1))
+            if has.any():
+                shown[f"loss/{m}"] = losses[-1].item()
+        loss = sum(losses) / len(losses)
         if not math.isfinite(loss.item()):
             raise UserError(f"the loss is not finite at step {step}; lower --lr")
         optimizer.param_groups[0]["lr"] = common.cosine(step, steps, lr, 0.0)
@@ -256,7 +259,7 @@ def train_decoder(decode, parameters, batches, steps, lr, troubles, log=None):
         loss.backward()
         optimizer.step()
         if log:
-            log.add(step, {"loss": loss.item(), **{f"loss/{m}": x.item() for m, x in losses.items()}})
+            log.add(step, {"loss": loss.item(), **shown}, step + 1 == steps)
     check_all_seen(count, "training")
     return {m: (total[m] / count[m]).float() for m in total}
 
@@ -510,7 +513,7 @@ def main(argv=None):
     recipe = content["recipe"]
     decode = functools.partial(decode_batch, model, draw_masks, recipe, decoder, args.seed, process)
     file = name_picture(args, modality if len(keys) < len(vit.grids) else None)
-    log = run.Log(file.with_suffix(""), steps)
+    log = run.Log(file.with_suffix(""))
     mean = fit_decoder(decoder, decode, train, inputs, steps, batch_size, args, process, workers, log)
     batches = read_middles(test, inputs, keys, batch_size, workers, "test")
     errors, count, whole = pixel_errors(decode, batches, mean, grids, steps)

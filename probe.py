@@ -22,9 +22,9 @@ Fine-tuning is a training run (finetune.py): a folder for each seed and fold, a 
 every script takes; stopped, the same command goes on.
 
 Each result is a row in RUN/probe.jsonl: one for each checkpoint, each head and each modality that it was
-tested on; `visualize.py curves RUN` draws them over the steps. RUN/PROBE-DATA-MODALITY/seedN/log.jsonl has
-the losses of heads that learn step by step, and with --test-every what they score on the way: `visualize.py
-curves` draws that folder too.
+tested on; `visualize.py curves RUN` draws them over the steps. RUN/PROBE-DATA-MODALITY/seedN (of folds
+seedN-foldN) has a log.jsonl of the last heads that learnt step by step: their losses, and with --test-every
+what they score on the way. `visualize.py curves` draws that folder too.
 
 --save-features writes an npz with files (N,), clip (N, D) float32, seconds (length of a view), with
 --patch-level also patch (N, views, tokens, D) float16, and where there are labels also labels, (N,) indices
@@ -162,7 +162,7 @@ def choose_protocol(args, encoder):
     if "regression" in heads:
         heads["regression"] = ()
         for name in ("lr", "epochs", "steps", "batch_size", "cache_gb", "test_every"):
-            if getattr(args, name, None) is not None:
+            if getattr(args, name) is not None:
                 raise UserError(f"{flag(name)} has no effect on a regression, which has no rates and no "
                                 "steps and keeps its features; leave it out, or give --head linear")
         if args.mix:
@@ -304,23 +304,21 @@ def rounds(fold):
 @dataclass
 class Watch:
     """The log of heads while they learn: their losses, and every `test_every` steps what they score on the
-    clips `outer` of a source, by which nothing is chosen. A training on all clips takes the place of that
-    which chose the rates."""
+    clips `outer` of a source, by which nothing is chosen."""
     folder: Path
     test_every: int | None
     protocol: SimpleNamespace
     source: Decoded
     outer: np.ndarray
 
-    def begin(self, names, steps):
+    def begin(self, names):
         self.names = names
-        self.steps = steps
-        self.log = run.Log(self.folder, steps)
+        self.log = run.Log(self.folder)
 
-    def step(self, step, heads, losses):
-        """losses: of the heads, those that are lost are not finite."""
+    def step(self, step, heads, losses, last):
+        """losses: of the heads, those that are lost are not finite; last: whether no step follows."""
         values = {f"loss/{name}": loss for name, loss in zip(self.names, losses) if math.isfinite(loss)}
-        test = bool(self.test_every) and ((step + 1) % self.test_every == 0 or step + 1 == self.steps)
+        test = bool(self.test_every) and (last or (step + 1) % self.test_every == 0)
         modality = self.source.views.modality
         found = score(heads, self.source, self.outer, [modality], self.protocol, "test") if test else {}
         for positions, scores in found.values():
@@ -329,7 +327,7 @@ class Watch:
                 if of_head.isfinite().all():
                     metric, value, _ = kinds.measure(of_head, targets)
                     values[f"test {metric}/{name}"] = value
-        self.log.add(step, values, test)
+        self.log.add(step, values, test or last)
 
 
 def train_heads(heads, lrs, source, listing, chosen, protocol, seed, label, watch=None):
@@ -370,7 +368,7 @@ def train_heads(heads, lrs, source, listing, chosen, protocol, seed, label, watc
         clip_gradients(optimizer, protocol)
         optimizer.step()
         if watch:
-            watch.step(step, heads, losses)
+            watch.step(step, heads, losses, step + 1 == steps)
     if not begun:
         raise UserError(f"{listing.name}: no two training clips of a batch can be read; give another "
                         "--modality, or look at the files with python data.py --check")
@@ -499,19 +497,19 @@ def fit_heads(protocol, source, listing, inner, held, seed, watch=None):
     for name in protocol.heads:
         first[name] = kinds.make_head(name, dim, len(listing.classes), protocol.mix)
 
-    def train(candidates, chosen, label):
+    def train(candidates, chosen, label, watch=None):
         heads = [copy.deepcopy(first[name]).to(source.process.device) for name, _ in candidates]
         if watch:
-            _, steps = schedule(protocol, len(chosen))
             several = len(candidates) > len(protocol.heads)         # rates of a head
-            names = [f"{name}, lr {lr:g}" if several else name for name, lr in candidates]
-            watch.begin(names, steps)
+            watch.begin([f"{name}, lr {lr:g}" if several else name for name, lr in candidates])
         torch.manual_seed(seed)
         lrs = [lr for _, lr in candidates]
         train_heads(heads, lrs, source, listing, chosen, protocol, seed, label, watch)
         return heads
 
-    heads = train(candidates, inner, protocol.probe)
+    official = listing.held is not None and listing.held.any()
+    again = held is not None and not official and len(candidates) > len(protocol.heads)
+    heads = train(candidates, inner, protocol.probe, None if again else watch)
     if held is None:
         return heads, [{"lr": lr, "held_out": None} for _, lr in candidates]
     modality = source.views.modality
@@ -525,10 +523,10 @@ def fit_heads(protocol, source, listing, inner, held, seed, watch=None):
         own = [i for i, (other, _) in enumerate(candidates) if other == name]
         best.append(max(own, key=lambda i: values[i]))
     chosen = [{"lr": candidates[i][1], "held_out": values[i]} for i in best]
-    if listing.held is not None and listing.held.any() or len(candidates) == len(best):
+    if not again:
         return [heads[i] for i in best], chosen
     everything = np.sort(np.concatenate([inner, held]))
-    return train([candidates[i] for i in best], everything, f"{protocol.probe}, on all"), chosen
+    return train([candidates[i] for i in best], everything, f"{protocol.probe}, on all", watch), chosen
 
 
 def fit_and_test(protocol, sources, train, test, task, tested, watch=None):

@@ -376,29 +376,28 @@ def append_row(path, row):
 
 class Log:
     """log.jsonl of a training that is no Run, from its start, in a folder that is made: every ten steps a
-    row, with the mean of each value since the row before. Where it cannot be written that is said, and there
-    is none."""
-    def __init__(self, folder, steps):
+    row, with the mean of each value since the row before."""
+    def __init__(self, folder):
         self.file = Path(folder) / "log.jsonl"
-        self.steps = steps
         self.values = {}                               # of the steps since the last row
-        self.write(lambda: replace_file(self.file, lambda file: None))
+        self.write(lambda: self.file.write_bytes(b""))
 
     def write(self, how):
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             how()
         except OSError as e:
-            tell(f"{self.file}: cannot be written ({e.strerror}), so there will be no curves")
+            tell(f"{self.file}: cannot be written ({e.strerror}); the curve ends there, the result counts")
             self.file = None
 
     def add(self, step, values, now=False):
         """Note {column: finite number} of a step. now: it has a row in any case."""
         for column, value in values.items():
             self.values.setdefault(column, []).append(value)
-        if not now and (step + 1) % 10 and step + 1 < self.steps:
+        if not now and (step + 1) % 10:
             return
         row = {column: float(np.mean(noted)) for column, noted in self.values.items()}
+        row = {column: value for column, value in row.items() if abs(value) < 1e30}     # as is_row wants it
         self.values = {}
         if self.file:
             self.write(lambda: append_row(self.file, {"step": step, **row}))

@@ -434,9 +434,10 @@ def film_maps(encoder, spans, maps):
     return found
 
 
-def attention_of_clip(args, encoders, process, clip, name):
+def attention_of_clip(args, encoders, process, clip, name, title):
     """The picture of the middle view of the clip at this path, and the film of all of it, as files of that
     name. Raises ClipError where the clip allows of none."""
+    title = title.encode(errors="replace").decode()     # a file's name may be no UTF-8
     if not data.is_clip(clip):
         raise data.ClipError(f"{clip}: there is no such file")
     seen = []                                           # of each encoder: its views, their spans, its maps
@@ -457,7 +458,7 @@ def attention_of_clip(args, encoders, process, clip, name):
     block = "the last block" if args.layer == -1 else f"block {args.layer}"
     what = f"attention in {block} of the sound to the pictures"
     heading = (f"{what} (bright: much; cross: the most) and\n"
-               f"of the pictures to the sound (bright: much; outlined: what is loud), {clip.name}")
+               f"of the pictures to the sound (bright: much; outlined: what is loud), {title}")
     frames = max(len(shown_frames(encoder.vit)[0]) for encoder in encoders)
     rows = max(len(maps) for _, _, maps in seen)
     fig, columns = make_figure(encoders, args, 2 * frames + 5, 2.9 + 2.1 * rows, heading)
@@ -466,7 +467,7 @@ def attention_of_clip(args, encoders, process, clip, name):
     print(save(args, name, fig))
 
     heads = "each head" if args.heads == "each" else "mean of heads"
-    text = "\n".join([f"{what}, {heads}: {clip.name}", *captions(encoders, args)])
+    text = "\n".join([f"{what}, {heads}: {title}", *captions(encoders, args)])
     lit = []
     for encoder, (_, spans, maps) in zip(encoders, seen):
         lit += film_maps(encoder, spans, maps)
@@ -484,15 +485,16 @@ def attention_of_set(args, encoders, process):
     listing = data.list_clips(args.data, args.data_dir, "test")
     classes = choose_clips(listing, args.classes, args.clips, args.seed or 0)
     drawn = dict.fromkeys(np.concatenate(list(classes.values())).tolist())      # a clip may be of several
-    troubles = data.Troubles(len(drawn))
+    shown = 0
     for i in drawn:
         stem = re.sub(r"[^\w-]+", "_", Path(listing.file(i)).stem, flags=re.ASCII)
         name = f"{args.data}-{i}-{stem[-100:]}"         # several classes may have a file of that stem
         try:
-            attention_of_clip(args, encoders, process, Path(listing.path(i)), name)
+            attention_of_clip(args, encoders, process, Path(listing.path(i)), name, listing.file(i))
+            shown += 1
         except data.ClipError as e:
-            troubles.name([str(e)])
-    if len(troubles.bad) == len(drawn):
+            print(f"bad clip: {e}")
+    if not shown:
         raise UserError(f"--data {args.data}: none of the clips drawn can be shown, for the reasons above; "
                         "give another --seed, other --classes or more --clips")
 
@@ -1124,7 +1126,8 @@ def curves(args):
     for folder in dict.fromkeys(args.runs):
         rows = run.read_log(folder) if os.path.isdir(folder) else []
         if not any(set(row) - {"step"} for row in rows):
-            raise UserError(f"{folder}: has no log.jsonl with a row in it; give the folder of a run")
+            raise UserError(f"{folder}: has no log.jsonl with a row in it; give the folder of a run, or "
+                            "of a head or decoder in it")
         label = f"{folder}, step {rows[-1]['step'] + 1:,}"
         with contextlib.suppress(UserError):            # no checkpoint, or one of an older version
             content = common.load_checkpoint(folder)
@@ -1211,7 +1214,7 @@ def get_args(argv=None):
     add = command(
         "curves", "losses and health of one or several runs, from their logs, and what probe.py and "
         "retrieval.py found at their steps").add_argument
-    add("runs", nargs="+", metavar="RUN", help="folder of a run")
+    add("runs", nargs="+", metavar="RUN", help="folder of a run, or of another training's log.jsonl in it")
     add("--out", help="folder for the file (default: the first run's)")
     args = parser.parse_args(argv)
     if args.what != "curves":
@@ -1228,8 +1231,9 @@ def check_attention(args):
     if bool(args.clip) == bool(args.data):
         raise UserError("attention: give either --clip FILE, or --data SET")
     if args.clip:
-        for flag in ("--data-dir", "--clips", "--classes", "--seed"):
-            if getattr(args, flag[2:].replace("-", "_")) is not None:
+        for flag, value in (("--data-dir", args.data_dir), ("--clips", args.clips),
+                            ("--classes", args.classes), ("--seed", args.seed)):
+            if value is not None:
                 raise UserError(f"{flag} has no effect without --data")
         return
     data.require(args.data, ("video", "audio"), "attention between the two needs both")
@@ -1263,7 +1267,8 @@ def main(argv=None):
             raise UserError(f"{encoder.ckpt}: this {encoder.method['name']} encoder takes one modality only; "
                             "attention between the two needs both")
     if args.clip:
-        attention_of_clip(args, encoders, process, Path(args.clip), Path(args.clip).stem)
+        clip = Path(args.clip)
+        attention_of_clip(args, encoders, process, clip, clip.stem, clip.name)
     elif args.clips:
         attention_of_set(args, encoders, process)
     else:

@@ -105,24 +105,36 @@ def planted(step, weight=1.0):
 def test_the_mean_image_is_that_of_the_clips_that_have_the_modality_and_the_log_has_the_losses(tmp_path):
     weight = torch.nn.Parameter(torch.ones(()))
     weights = []
+
+    def decode(step, weight):
+        """As planted; in the fourth step no clip has sound."""
+        decoded = planted(step, weight)
+        if step == 3:
+            decoded["audio"].has[:] = False
+        return decoded
+
     batches = 7 * [{"index": torch.arange(0), "bad": [], "lost": 0}]
     mean = pixels.train_decoder(
-        lambda batch, step: weights.append(weight.item()) or planted(step, weight), [weight], batches, 7, 0.1,
-        data.Troubles(3), run.Log(tmp_path, 7))
-    losses = {m: [] for m in GRIDS}
-    for step, m in itertools.product(range(7), GRIDS):
-        of_clips = [0.0]                                    # of a step in which no clip has it
-        clips = planted(step, weights[step])[m]
-        if clips.has.any():
-            of_clips = (clips.pixels - clips.truth)[clips.has].square().mean((1, 2)).tolist()
-        losses[m].append(np.mean(of_clips))
-    row, = run.read_log(tmp_path)
-    expected = {f"loss/{m}": np.mean(of_m) for m, of_m in losses.items()}
-    assert row == pytest.approx({"step": 6, "loss": np.mean(list(losses.values())), **expected})
-    for m, count in (("video", 21), ("audio", 11)):
-        truth = torch.cat([planted(step)[m].truth[planted(step)[m].has] for step in range(7)])
-        assert len(truth) == count and weight.item() != 1
+        lambda batch, step: weights.append(weight.item()) or decode(step, weight), [weight], batches, 7, 0.1,
+        data.Troubles(3), run.Log(tmp_path))
+    assert weight.item() != 1
+    total = 0.0
+    expected = {"step": 6}
+    for m, count in (("video", 21), ("audio", 10)):
+        truth = []
+        losses = []
+        for step, before in enumerate(weights):
+            clips = decode(step, before)[m]
+            truth.append(clips.truth[clips.has])
+            if clips.has.any():
+                losses.append((clips.pixels - clips.truth)[clips.has].square().mean().item())
+        truth = torch.cat(truth)
+        assert len(truth) == count
         torch.testing.assert_close(mean[m], truth.double().mean(0).float())
+        expected[f"loss/{m}"] = np.mean(losses)
+        total += sum(losses)
+    row, = run.read_log(tmp_path)
+    assert row == pytest.approx({**expected, "loss": total / 7 / 2})
 
 
 def test_the_errors_equal_a_slow_loop_over_patches_and_leave_out_what_a_clip_lacks():

@@ -631,7 +631,7 @@ def test_tests_on_the_way_change_no_value_and_their_log_is_drawn(
     folder.parent.touch()                                   # where a folder has to be
     capsys.readouterr()
     start(ears, "folder", tones, *words)
-    assert "log.jsonl: cannot be written (Not a directory), so there" in capsys.readouterr().out
+    assert "log.jsonl: cannot be written (Not a directory); the curve ends" in capsys.readouterr().out
     assert last_row(ears) | {"seconds": 0} == after | {"seconds": 0}
 
 

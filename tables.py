@@ -334,7 +334,8 @@ def notes(experiment, table, lacking):
     if small:
         texts.append(f"No larger than its own spread, so not shown by these seeds: {'; '.join(small)}.\n")
     if single:
-        texts.append(f"Of one seed alone, so without a spread, and not shown: {'; '.join(single)}.\n")
+        which = "; ".join(single) if "±" in text else "all of these differences"
+        texts.append(f"Of one seed alone, so without a spread, and not shown: {which}.\n")
     lines = [f"{row} (seeds: {', '.join(seeds)})" for row, seeds in lacking.items()]
     if lines:
         texts.append(f"Missing or not whole: {'; '.join(lines)}.\n")

@@ -524,7 +524,9 @@ def test_a_row_is_compared_with_those_that_its_entry_names_and_two_equal_ones_sh
     assert text.splitlines()[2:] == ["| c, against a | +4.0 ± 0.0 |", "| c, against b | +0.0 ± 0.0 |"]
     assert small == ["c, against b: x"]
     text = tables.notes(it, tables.tabulate(it, found[::2]), {})        # of one seed
-    assert "not shown: c, against a: x; c, against b: x." in text
+    assert "not shown: all of these differences." in text
+    text = tables.notes(it, tables.tabulate(it, [*found[::2], found[1], found[5]]), {})
+    assert "not shown: c, against b: x." in text        # of b there is one seed
     none = {**it, "against": None}
     assert tables.differences(none, tables.tabulate(none, found))[0] == ""
 

@@ -176,9 +176,14 @@ def mean_log(logs):
             rows.setdefault(step, []).append(row)
     mean = []
     for _, of_seeds in sorted(rows.items()):
-        if len(of_seeds) == len(logs):
-            columns = set(of_seeds[0]).intersection(*of_seeds[1:])
-            mean.append({name: statistics.mean(row[name] for row in of_seeds) for name in columns})
+        if len(of_seeds) < len(logs):
+            continue
+        columns = set(of_seeds[0]).intersection(*of_seeds[1:])
+        means = {}
+        for name in of_seeds[0]:                        # in their order
+            if name in columns:
+                means[name] = statistics.mean(row[name] for row in of_seeds)
+        mean.append(means)
     return mean
 
 

@@ -27,7 +27,6 @@ import os
 import re
 import shlex
 import shutil
-import stat
 import statistics
 import subprocess
 import sys
@@ -159,7 +158,8 @@ def begun(run):
 def essence(words, folder, ckpt=None):
     """What is computed, {flag: its values}: not the flags of the machine; paths in the run's folder below a
     name, for it may move; of the checkpoint `ckpt` its size and time, by which another one is told."""
-    flags = {"script": []}
+    values = []                                         # of the script, before the first flag
+    flags = {"script": values}
     for word in words:
         if word.startswith("--"):
             values = flags[word] = []                   # given twice, the last counts
@@ -167,7 +167,7 @@ def essence(words, folder, ckpt=None):
         path = Path(word)
         if path.is_relative_to(folder):
             word = str("{run}" / path.relative_to(folder))
-        (values if len(flags) > 1 else flags["script"]).append(word)
+        values.append(word)
     if ckpt:
         about = os.stat(ckpt)
         flags["--ckpt"].append(f"{about.st_size} bytes of {about.st_mtime_ns}")
@@ -458,7 +458,8 @@ def write_table(experiment, runs, flags, out):
             lacking.setdefault(run["row"], []).append(str(run["seed"]))
         else:
             folders.setdefault(run["row"], []).append(run["folder"])
-    lacking.update({row: ["all"] for row in experiment["rows"] if row not in (run["row"] for run in runs)})
+    there = [run["row"] for run in runs]
+    lacking.update({row: ["all"] for row in experiment["rows"] if row not in there})
     flags = [*shlex.split(experiment["flags"]), *flags]
     about = {"commands": experiment["rows"], "flags": flags, "versions": sorted(versions)}
     tables.save(experiment, found(runs), folders, lacking, about, out)
@@ -575,11 +576,10 @@ def check_out(out):
     """UserError where there is no folder `out` and none can be made."""
     for place in (out, *out.absolute().parents):
         try:
-            if not stat.S_ISDIR(place.stat().st_mode):
+            if place.is_dir():
+                return
+            if os.path.lexists(place):
                 raise UserError(f"--out {out}: cannot be made ({place} is no folder); give another --out")
-            return
-        except FileNotFoundError:
-            continue
         except OSError as e:
             raise UserError(f"--out {out}: cannot be made ({e.strerror}); give another --out") from None
 

@@ -101,8 +101,11 @@ def new_rows(file, before, words):
             "untrained": "--untrained" in words}
     if "--modality" in flags:
         said["modality"] = flags["--modality"]
-    rows = rows if are_rows(rows) else []
-    return [row for row in rows if all(row.get(name, value) == value for name, value in said.items())]
+    own = []
+    for row in rows if are_rows(rows) else ():
+        if {name: row.get(name, value) for name, value in said.items()} == said:
+            own.append(row)
+    return own
 
 
 def numbers(results, steps, names):

@@ -899,7 +899,7 @@ def check_needs(parser, args):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=run.Help)
-    add_data, add_run, add_method, add_machine = run.flag_groups(parser)
+    add_data, add_run, add_method, _ = run.flag_groups(parser)
     add_data("--data", help=f"{', '.join(data.SETS)} (default: none, with --query)")
     add_data("--data-dir", help="folder with the clips and the csv files (default: none; toys: in cache/)")
     add_data("--query", metavar="FILE",
@@ -952,27 +952,30 @@ def make_parser():
     add_method("--lr", type=float, nargs="+",
         help="of the head; of several, held-out clips of train choose; default: the protocol's; of another "
         "head 1e-3 1e-2 1e-1 1, of blocks and cross 1e-4 3e-4 1e-3 3e-3")
-    add_method("--encoder-lr", type=float, help="of the encoder in fine-tuning; default: the method's")
-    add_method("--regularised-masking", type=float, default=0.0, metavar="SHARE",
-        help="fine-tuning: share of the tokens that may not attend with their own score (paper of A-JEPA: "
-        "0.1)")
-    add_method("--weighted", action="store_true",
-        help="fine-tuning: draw clips by the inverse frequency of their classes, with replacement (AST)")
-    add_method("--mixup", type=float, default=0.0, metavar="ALPHA",
-        help="fine-tuning: mix the clips of a micro-batch in pairs, all at one share from Beta(ALPHA, "
-        "ALPHA); the log's top-1 is then of mixed clips")
-    add_method("--specaugment", type=int, nargs=2, metavar=("F", "T"),
-        help="fine-tuning: hide a band of up to F mel bins and one of up to T frames of each view of sound; "
-        "default: none")
-    add_run("--out", help="fine-tuning: folder, with one for each seed and fold in it (default: "
-        "finetune-DATA-MODALITY beside the checkpoint)")
-    run.loop_flags(add_data, add_run, add_machine)
     add_method("--test-every", type=int,
         help="of a frozen encoder's heads: test them every so many steps too, for the curves alone; default: "
         "none")
     add_method("--cache-gb", type=float,
         help="a probe keeps its features in memory up to this size, else it decodes anew; default: 4")
+    tuning_flags(parser.add_argument_group("fine-tuning").add_argument)
     return parser
+
+
+def tuning_flags(add):
+    """The flags of fine-tuning alone."""
+    add("--encoder-lr", type=float, help="of the encoder; default: the method's")
+    add("--regularised-masking", type=float, default=0.0, metavar="SHARE",
+        help="share of the tokens that may not attend with their own score (paper of A-JEPA: 0.1)")
+    add("--weighted", action="store_true",
+        help="draw clips by the inverse frequency of their classes, with replacement (AST)")
+    add("--mixup", type=float, default=0.0, metavar="ALPHA",
+        help="mix the clips of a micro-batch in pairs, all at one share from Beta(ALPHA, ALPHA); the log's "
+        "top-1 is then of mixed clips")
+    add("--specaugment", type=int, nargs=2, metavar=("F", "T"),
+        help="hide a band of up to F mel bins and one of up to T frames of each view of sound; default: none")
+    add("--out", help="folder, with one for each seed and fold in it (default: finetune-DATA-MODALITY beside "
+        "the checkpoint)")
+    run.loop_flags(add, add, add)
 
 
 def get_args(argv=None):

@@ -19,6 +19,7 @@ import probe
 import run
 from common import UserError
 
+WIDTH = 1.4                                             # inches of a row in the picture
 KEPT = "step-*.pt"                                      # in a step's words: all checkpoints of a run
 
 
@@ -383,13 +384,13 @@ def draw_level(ax, x, width, cell):
 
 
 def draw_panel(ax, experiment, table, unit, columns, chance):
-    """The columns side by side for each row."""
+    """The columns side by side for each row. ax: WIDTH wide for each row, and as much more."""
     width = 0.8 / max(2, len(columns))
     for r, (row, cells) in enumerate(table.items()):
         for c, column in enumerate(columns):
             x = r + (c - (len(columns) - 1) / 2) * width
             if column in cells:
-                label = column.split(", ")[-1]
+                label = re.split(", |: ", column)[-1]
                 draw_bar(ax, x, width, cells[column], (c, len(columns)), label)
             if f"{column}, untrained" in cells:
                 draw_level(ax, x, width, cells[f"{column}, untrained"])
@@ -399,16 +400,17 @@ def draw_panel(ax, experiment, table, unit, columns, chance):
     levels = [cells[chance]["mean"] for cells in table.values() if chance in cells]
     if levels:
         ax.axhline(statistics.mean(levels), color="k", ls="--", lw=1, label="chance")
-    top = ax.get_ylim()[1]
-    ax.set(ylabel=unit, xlim=(-0.5, len(table) - 0.5), ylim=(0, 1.25 * top))    # room for the legend
-    ax.set_xticks(range(len(table)), [textwrap.fill(row, 18) for row in table])
-    if "percent" in unit and 1.25 * top > 100:
-        ax.set_yticks(range(0, 101, 20))
     handles, labels = ax.get_legend_handles_labels()
     handles = dict(zip(labels, handles))                # each name once
+    entry = 0.55 + 0.08 * max(map(len, handles), default=0)         # inches of the longest
+    across = max(1, min(5, len(handles), int(WIDTH * (1 + len(table)) / entry)))
+    top = ax.get_ylim()[1] * (1.1 + 0.08 * math.ceil(len(handles) / across))    # room for the legend
+    ax.set(ylabel=unit, xlim=(-0.5, len(table) - 0.5), ylim=(0, top))
+    ax.set_xticks(range(len(table)), [textwrap.fill(row, 18) for row in table])
+    if "percent" in unit and top > 100:
+        ax.set_yticks(range(0, 101, 20))
     if len(handles) > 1:
-        ax.legend(handles.values(), handles, loc="upper center", ncol=min(5, len(handles)), fontsize=9,
-                  columnspacing=1)
+        ax.legend(handles.values(), handles, loc="upper center", ncol=across, fontsize=9, columnspacing=1)
 
 
 def draw(experiment, table):
@@ -416,8 +418,8 @@ def draw(experiment, table):
     panels = panels_of(experiment)
     across = min(2, len(panels))
     down = math.ceil(len(panels) / 2)
-    width = max(6, across * (1.4 + 1.4 * len(table)))
-    fig = Figure(figsize=(width, 4.5 * down), layout="tight")
+    width = max(6, across * WIDTH * (1 + len(table)))
+    fig = Figure(figsize=(width, 4.5 * down), layout="constrained")
     axes = fig.subplots(down, across, squeeze=False)
     for ax, (title, panel) in zip(axes.flat, panels.items()):
         draw_panel(ax, experiment, table, *panel)

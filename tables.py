@@ -111,7 +111,8 @@ def new_rows(file, before, words):
 
 def numbers(results, steps, names):
     """{path: number}: of results.json, and of the rows {step: rows} that the steps behind a training wrote,
-    each below its name of {step: name}."""
+    each below its name of {step: name}. A head on both modalities that is tested on one of them counts where
+    no head of that modality does."""
     flat = flatten(results)
     for step, rows in steps.items():
         for row in rows:
@@ -123,7 +124,9 @@ def numbers(results, steps, names):
                 continue
             if row["head"] not in (*heads.ON_EMBEDDING, "regression"):
                 above.append("attentive")
-            flat["/".join((*above, row["tested"]))] = row["value"]
+            path = "/".join((*above, row["tested"]))
+            if path not in flat or row.get("modality") == row["tested"]:
+                flat[path] = row["value"]
     return flat
 
 

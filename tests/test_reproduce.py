@@ -627,6 +627,17 @@ def test_av_jepas_two_heads_are_probed_once(tmp_path):
         "trained/av": 3, "trained/attentive/av": 4, "trained/attentive/video": 5}
 
 
+@pytest.mark.parametrize("order", [["audio", "av"], ["av", "audio"]])
+def test_a_modality_has_the_number_of_its_own_head_and_else_of_that_on_both(order):
+    heads = {"audio": {"audio": 90.0}, "av": {"av": 80.0, "audio": 50.0, "video": 30.0}}
+    steps = {}
+    for modality in order:
+        steps[modality] = [dict(head="blocks", modality=modality, tested=tested, value=value)
+                           for tested, value in heads[modality].items()]
+    assert tables.numbers({}, steps, dict.fromkeys(order, "trained")) == {
+        "trained/attentive/audio": 90, "trained/attentive/av": 80, "trained/attentive/video": 30}
+
+
 def test_jobs_run_at_once_each_on_a_device_of_its_own(start, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     start("--jobs", "2", "--sleep", "0.6")

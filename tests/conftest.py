@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import asdict
@@ -27,6 +28,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 torch.set_num_threads(1)
 
@@ -139,6 +141,8 @@ def forked(argv, cwd, out, err):
     code = 1
     try:
         multiprocessing.process._children.clear()               # those of the other process
+        # that of all bars is shared with it, which would wait forever for one who is killed while it draws
+        tqdm.set_lock(threading.RLock())
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         os.chdir(cwd)

@@ -820,7 +820,9 @@ def print_table(table, modalities, ways, data_name, clips):
     print(" " * 12 + f"{'all labels':>{width}s}{f'{FEW} a class':>{width}s}")
     print_rows(table, columns)
     if ways:
-        columns = [((way, measured), measured) for way in ways for measured in ("R@1", "R@10", "class R@1")]
+        columns = []
+        for way in ways:
+            columns += [((way, measured), measured) for measured in ("R@1", "R@10", "class R@1")]
         titles = [f"{way} (N = {table['trained']['N']})" for way in ways]
         print("\n" + " " * 12 + "".join(f"{title:>33s}" for title in titles))
         print_rows({name: row for name, row in table.items() if ways[0] in row}, columns)

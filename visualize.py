@@ -1202,7 +1202,7 @@ def get_args(argv=None):
     add_data, add_run, add_method = groups(
         "map", "clips in the plane, by t-SNE and by PCA, and their coordinates in a csv")
     encoder_flags(add_data, add_run, add_method)
-    set_flags(add_data, add_run, add_method, 5000, "at most so many")
+    set_flags(add_data, add_run, add_method, 12000, "at most so many (AV-JEPA's page: 11,143)")
     add_data("--split", choices=("train", "test", "all"), default="test", help="whose clips")
     add_data("--classes",
         help="a csv of family,class: these classes alone, a colour for each family (default: all classes)")
